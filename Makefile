@@ -1,0 +1,51 @@
+# The two commands are `make demo` and `make test`; each sets up what it needs in .venv first.
+# PYTHON=/path/to/python3.13 picks an interpreter; by default the first of 3.11 or later is taken.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PYTEST := $(BIN)/python -m pytest
+JOBS ?= 2
+
+.PHONY: help demo test lint docs proof clean
+
+help:
+	@echo 'make demo    watch the detached-header hotplug sequence run against a live daemon'
+	@echo 'make test    the whole gate: style, types, layers, schema, docs, tests'
+	@echo 'make lint    the first part of the gate: style and types'
+	@echo 'make docs    write docs/qmp-reference.md anew from qapi/'
+	@echo 'make proof   the long checks at their full count; writes proof/NAME.json'
+	@echo 'make clean   remove what the others made'
+
+$(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard qmpd/crypto/_sectors_build.py)
+	@python=$$(tests/support/find-python $(PYTHON)); \
+	echo "Setting up $(VENV) with $$($$python --version)"; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/qmpd-ctl demo
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m qmpd.qapi.doc --check
+	$(PYTEST) -n $(JOBS) --dist worksteal -q
+
+docs: $(STAMP)
+	$(BIN)/python -m qmpd.qapi.doc
+
+proof: $(STAMP)
+	QMPD_PROOF=full $(PYTEST) -m proof -n $(JOBS) --dist worksteal -q --timeout 3600
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis qmpd/crypto/_sectors*.so
