@@ -1,0 +1,1 @@
+"""qmpd: QEMU's monitor protocol and block layer as a Python daemon, made for encrypted disks."""

@@ -1,0 +1,266 @@
+"""The contract of a block driver: `BlockNode`.
+
+A node belongs to one event loop, the data loop of its graph; `open`, `unlock`, `close` and all
+I/O run there. What is synchronous here (`child_perm`, `check_perm`, the descriptions) runs on the
+loop of the monitor, while no I/O of the node is changing what it reads.
+Model: BlockDriver (QEMU include/block/block_int-common.h).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qmpd.block import perm as perms
+from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.perm import ChildRole, Perm
+from qmpd.block.ranges import RangeTable
+
+if TYPE_CHECKING:
+    from qmpd.block.child import Child
+    from qmpd.block.graph import Graph
+    from qmpd.block.options import NodeOptions
+
+MAX_REQUEST = 2**31 - 512
+"""Bytes in one request at most (BDRV_REQUEST_MAX_BYTES); backends refuse longer ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of a node with one kind of content.
+
+    offset, length   bytes of this node
+    data             the stretch is stored (here or below), not a hole
+    zero             it reads as zeroes
+    allocated        this layer provides it; False: it comes from the backing chain
+    host             where it starts in `file`, None if it has no plain place there
+    file             the node that `host` counts in, None with host None
+    """
+
+    offset: int
+    length: int
+    data: bool
+    zero: bool
+    allocated: bool = True
+    host: int | None = None
+    file: BlockNode | None = None
+    compressed: bool = False
+
+
+class Discard(enum.Enum):
+    """What a node does with discard requests that reach it."""
+
+    IGNORE = "ignore"
+    UNMAP = "unmap"
+
+
+class BlockNode:
+    """A node of the graph; a driver is a subclass with `@registry.driver(...)`.
+
+    Class attributes a driver sets
+    child_roles      its children that are opened before `open`, in that order, with their roles
+    supports_backing True if it has a `backing` child (opened by the graph after `open`)
+    is_filter        True if it shows its `file` child's data unchanged
+    is_protocol      True if it has no child and talks to something outside (file, nbd)
+    strong_options   option names (wire) that change what is seen, in the reference's order; with
+                     one of them given, the node's file name becomes a json: one
+    opens_writing    True if opening a writable node needs a writable file at once (qcow2)
+
+    Set by the graph before `open`: name, graph, node_options, given, read_only, children
+    Set by a driver with backing in `open`: backing_file, backing_format, as the image names them
+    Set by the driver in `open`: size; and where they differ from the default, request_alignment,
+    zero_alignment (best alignment of zero and discard requests), supports_fua
+    """
+
+    driver_name: ClassVar[str] = ""
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {}
+    supports_backing: ClassVar[bool] = False
+    is_filter: ClassVar[bool] = False
+    is_protocol: ClassVar[bool] = False
+    strong_options: ClassVar[Sequence[str]] = ()
+    opens_writing: ClassVar[bool] = False
+
+    def __init__(self, graph: Graph, name: str, node_options: NodeOptions, given: Mapping[str, Any]) -> None:
+        """Make an unopened node.
+
+        given   the driver's own members as they came over the wire (validated, wire names);
+                for file names and `blockdev-reopen`, not for behaviour
+        """
+        self.graph = graph
+        self.name = name
+        self.node_options = node_options
+        self.given = given
+        self.read_only = bool(node_options.read_only)
+        self.children: dict[str, Child] = {}
+        self.parents: list[Child] = []
+        self.perm, self.shared = Perm.NONE, Perm.ALL
+        self.monitor_owned = False
+        self.sequence = 0
+        self.backing_file: str | None = None
+        self.backing_format: str | None = None
+        self.auto_backing = ""
+        self.backing_overridden = False
+        self.size = 0
+        self.request_alignment = 1
+        self.zero_alignment = 1
+        self.supports_fua = False
+        self.wr_highest_offset = 0
+        self.ranges = RangeTable()
+
+    # --- life cycle -------------------------------------------------------------------------
+
+    async def open(self, options: Any) -> None:
+        """Read what is needed to serve I/O through `self.children`, which are attached already.
+
+        options   the dataclass registered for this driver, its BlockdevRef members being `Child`
+        Raises CommandError or ImageError with the reference's text, or OSError, which the graph
+        turns into "Could not open '...': REASON". Whatever this acquired before it raises, it
+        releases itself; the graph detaches the children.
+        """
+        raise NotImplementedError
+
+    async def unlock(self) -> None:
+        """The slow part of opening (key derivation); runs after `open`, out of turn."""
+
+    async def close(self) -> None:
+        """Flush own caches and release everything; children are still attached. Never raises
+        for I/O errors: they are logged."""
+
+    # --- I/O --------------------------------------------------------------------------------
+
+    async def preadv(self, batch: Batch) -> None:
+        """Fill every `view` of the batch with the bytes at [offset, offset + len(view)).
+
+        offset   bytes, a multiple of self.request_alignment, as is the length; each range lies
+                 within self.size rounded up to that alignment (edges and backends have aligned
+                 and checked it: drivers assert, they do not repair)
+        view     writable, contiguous, format 'B', 1..MAX_REQUEST bytes; owned by the caller. The
+                 driver may scribble on it before it fails, and keeps no view of it afterwards
+        Errors   `request.fail(errno)` marks one (EIO bad data, ENOMEM, ENOSPC, ESHUTDOWN) and the
+                 others go on; an OSError that leaves means every request not yet marked
+        Cancel   never delivered here
+        """
+        raise NotImplementedError
+
+    async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
+        """Write every `view` of the batch; the views may be shared and are never changed.
+
+        Offsets, errors and cancellation as for `preadv`. Requests of one batch that overlap are
+        written in any order. With FUA the data is durable on return; a driver whose
+        `supports_fua` is False is not given it, the edge flushes instead.
+        """
+        raise NotImplementedError
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
+        """Make the range read as zeroes; it is aligned to request_alignment.
+
+        Raises OSError(ENOTSUP) if the driver has no better way than writing zeroes: the edge
+        then writes them, unless NO_FALLBACK is set.
+        """
+        raise OSError(errno.ENOTSUP, "no efficient zero write")
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Forget the range; only called if node_options.discard is `unmap`, aligned to
+        request_alignment. Advisory: a driver without it does nothing."""
+
+    async def flush(self) -> None:
+        """Make all completed writes durable, children included. Raises OSError.
+
+        The default flushes every child that is written to.
+        """
+        for child in list(self.children.values()):
+            if child.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+                await child.flush()
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        """Return extents that cover [offset, offset + length) exactly, in order; neighbours differ.
+
+        Raises OSError. The default calls everything data of this layer.
+        """
+        return (Extent(offset, length, data=True, zero=False),)
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Change the size in bytes. Raises OSError(ENOTSUP) or CommandError."""
+        raise OSError(errno.ENOTSUP, "this driver cannot resize")
+
+    def drained_begin(self) -> None:
+        """(Parent) Called when a node below is to become quiet; passed upwards by the graph."""
+
+    def drained_end(self) -> None:
+        """(Parent) Undo `drained_begin`."""
+
+    # --- permissions ------------------------------------------------------------------------
+
+    def child_perm(self, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Return what the edge `name` takes and shares, given what this node's parents do.
+
+        The default follows the role (bdrv_default_perms); see `block.defaults`.
+        """
+        from qmpd.block.defaults import default_child_perm
+
+        return default_child_perm(self, name, role, perm, shared)
+
+    def check_perm(self, perm: Perm, shared: Perm) -> None:
+        """Veto the new cumulative permissions by raising CommandError (file: image locks).
+
+        Followed by exactly one of `commit_perm` or `abort_perm`.
+        """
+
+    def commit_perm(self) -> None:
+        """Keep what `check_perm` prepared and release what is no longer needed."""
+
+    def abort_perm(self) -> None:
+        """Undo what `check_perm` prepared."""
+
+    # --- descriptions -----------------------------------------------------------------------
+
+    def describe_parent(self) -> str:
+        """(Parent) Name this node in a permission conflict."""
+        return f"node '{self.name}'"
+
+    @property
+    def writable(self) -> bool:
+        """True if the node may be written to."""
+        return not self.read_only
+
+    def primary(self) -> Child | None:
+        """The child that stands for this node in names and sizes."""
+        for child in self.children.values():
+            if child.role & ChildRole.PRIMARY:
+                return child
+        return None
+
+    def exact_filename(self) -> str | None:
+        """A driver whose file name is not its primary child's: the plain name, "" if only json:
+        can say it. None: the default rule."""
+        return None
+
+    def allocated_size(self) -> int | None:
+        """Bytes really taken on the host, None if unknown; the default is the sum over the
+        children that hold this node's data or metadata (backing excluded)."""
+        total = 0
+        for child in self.children.values():
+            if child.role & (ChildRole.DATA | ChildRole.METADATA | ChildRole.FILTERED):
+                size = child.node.allocated_size()
+                if size is None:
+                    return None
+                total += size
+        return total
+
+    def image_info(self) -> dict[str, Any]:
+        """Driver-specific members of ImageInfo (wire names): cluster-size, encrypted,
+        compressed, dirty-flag, format-specific {"type": ..., "data": {...}}."""
+        return {}
+
+    def driver_stats(self) -> dict[str, Any] | None:
+        """Members of BlockStatsSpecific without `driver`, None if the driver has none."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} size={self.size} parents={len(self.parents)}>"
+
+
+__all__ = ["MAX_REQUEST", "BlockNode", "Discard", "Extent", "perms"]

@@ -1,0 +1,90 @@
+"""The options every node has, and their inheritance by inline children."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+GENERIC_MEMBERS = (
+    "driver",
+    "node-name",
+    "discard",
+    "cache",
+    "active",
+    "read-only",
+    "auto-read-only",
+    "force-share",
+    "detect-zeroes",
+)
+"""Members of the BlockdevOptions base: the graph's business, never a driver's."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """The base of BlockdevOptions; None where the option was not given (and not inherited).
+
+    discard        "ignore" | "unmap"         detect_zeroes  "off" | "on" | "unmap"
+    """
+
+    node_name: str | None = None
+    discard: str | None = None
+    cache_direct: bool | None = None
+    cache_no_flush: bool | None = None
+    read_only: bool | None = None
+    auto_read_only: bool | None = None
+    force_share: bool | None = None
+    detect_zeroes: str | None = None
+    active: bool | None = None
+
+    @classmethod
+    def from_wire(cls, tree: Mapping[str, Any]) -> NodeOptions:
+        """Take the generic members out of a validated BlockdevOptions tree (wire names)."""
+        cache = tree.get("cache") or {}
+        return cls(
+            node_name=tree.get("node-name"),
+            discard=tree.get("discard"),
+            cache_direct=cache.get("direct"),
+            cache_no_flush=cache.get("no-flush"),
+            read_only=tree.get("read-only"),
+            auto_read_only=tree.get("auto-read-only"),
+            force_share=tree.get("force-share"),
+            detect_zeroes=tree.get("detect-zeroes"),
+            active=tree.get("active"),
+        )
+
+    def inherited_by(
+        self, child: NodeOptions, *, backing: bool = False, parent_is_format: bool = True
+    ) -> NodeOptions:
+        """Return the options of an inline child: its own, then this parent's (bdrv_inherited_options).
+
+        backing           a backing file is read-only unless it says otherwise, never auto-read-only
+        parent_is_format  formats take care of discard themselves, so their files may unmap
+        """
+
+        def default(own: Any, parents: Any) -> Any:
+            return parents if own is None else own
+
+        merged = replace(
+            child,
+            cache_direct=default(child.cache_direct, self.cache_direct),
+            cache_no_flush=default(child.cache_no_flush, self.cache_no_flush),
+            force_share=default(child.force_share, self.force_share),
+        )
+        if backing:
+            return replace(
+                merged,
+                read_only=default(child.read_only, True),
+                auto_read_only=default(child.auto_read_only, False),
+            )
+        return replace(
+            merged,
+            read_only=default(child.read_only, self.read_only),
+            auto_read_only=default(child.auto_read_only, self.auto_read_only),
+            discard=default(child.discard, "unmap" if parent_is_format else None),
+        )
+
+
+def driver_members(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members of a validated tree that belong to the driver (wire names)."""
+    return {key: value for key, value in tree.items() if key not in GENERIC_MEMBERS}

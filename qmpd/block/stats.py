@@ -1,0 +1,106 @@
+"""Counters of a backend, as query-blockstats reports them (BlockDeviceStats)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmpd.block.batch import Batch
+
+
+@dataclass(slots=True)
+class AccountedStats:
+    """Operations, bytes and nanoseconds since the backend was made.
+
+    failed   got an errno from below       invalid  refused before they were tried
+    """
+
+    rd_bytes: int = 0
+    wr_bytes: int = 0
+    unmap_bytes: int = 0
+    rd_operations: int = 0
+    wr_operations: int = 0
+    unmap_operations: int = 0
+    flush_operations: int = 0
+    rd_total_time_ns: int = 0
+    wr_total_time_ns: int = 0
+    unmap_total_time_ns: int = 0
+    flush_total_time_ns: int = 0
+    failed_rd_operations: int = 0
+    failed_wr_operations: int = 0
+    failed_unmap_operations: int = 0
+    failed_flush_operations: int = 0
+    invalid_rd_operations: int = 0
+    invalid_wr_operations: int = 0
+    invalid_unmap_operations: int = 0
+    invalid_flush_operations: int = 0
+    account_invalid: bool = True
+    account_failed: bool = True
+    last_access_ns: int | None = field(default=None)
+
+    def transferred(self, batch: Batch, elapsed: int, *, writing: bool) -> None:
+        """Count the requests of a batch that took `elapsed` nanoseconds together."""
+        done = total = 0
+        for request in batch:
+            if not request.error:
+                done += 1
+                total += len(request.view)
+        failed = len(batch) - done
+        if writing:
+            self.wr_operations += done
+            self.wr_bytes += total
+            self.failed_wr_operations += failed
+            self.wr_total_time_ns += elapsed * done
+        else:
+            self.rd_operations += done
+            self.rd_bytes += total
+            self.failed_rd_operations += failed
+            self.rd_total_time_ns += elapsed * done
+        self.last_access_ns = time.monotonic_ns()
+
+    def note(self, kind: str, length: int, elapsed: int) -> None:
+        """Count one successful "wr", "unmap" or "flush"."""
+        setattr(self, f"{kind}_operations", getattr(self, f"{kind}_operations") + 1)
+        setattr(self, f"{kind}_total_time_ns", getattr(self, f"{kind}_total_time_ns") + elapsed)
+        if kind != "flush":
+            setattr(self, f"{kind}_bytes", getattr(self, f"{kind}_bytes") + length)
+        self.last_access_ns = time.monotonic_ns()
+
+    def note_failed(self, kind: str) -> None:
+        """Count one failed operation."""
+        setattr(self, f"failed_{kind}_operations", getattr(self, f"failed_{kind}_operations") + 1)
+
+    def note_invalid(self, kind: str) -> None:
+        """Count one operation that was refused at once."""
+        setattr(self, f"invalid_{kind}_operations", getattr(self, f"invalid_{kind}_operations") + 1)
+
+
+_COUNTED = (
+    "rd_bytes", "wr_bytes", "unmap_bytes",
+    "rd_operations", "wr_operations", "unmap_operations", "flush_operations",
+    "rd_total_time_ns", "wr_total_time_ns", "unmap_total_time_ns", "flush_total_time_ns",
+    "failed_rd_operations", "failed_wr_operations", "failed_unmap_operations", "failed_flush_operations",
+    "invalid_rd_operations", "invalid_wr_operations", "invalid_unmap_operations", "invalid_flush_operations",
+)  # fmt: skip
+_NEVER = (
+    "zone_append_bytes", "zone_append_operations", "zone_append_total_time_ns", "zone_append_merged",
+    "failed_zone_append_operations", "invalid_zone_append_operations", "rd_merged", "wr_merged", "unmap_merged",
+)  # fmt: skip
+
+
+def to_wire(stats: AccountedStats | None, highest: int) -> dict[str, Any]:
+    """Return BlockDeviceStats; without `stats` (an inner node) all counters are zero.
+
+    highest   offset after the last byte ever written through the node
+    """
+    source = stats or AccountedStats(account_invalid=False, account_failed=False)
+    reply: dict[str, Any] = {name: getattr(source, name) for name in _COUNTED}
+    reply |= dict.fromkeys(_NEVER, 0)
+    reply["wr_highest_offset"] = highest
+    reply["account_invalid"] = source.account_invalid
+    reply["account_failed"] = source.account_failed
+    reply["timed_stats"] = []
+    if source.last_access_ns is not None:
+        reply["idle_time_ns"] = time.monotonic_ns() - source.last_access_ns
+    return reply

@@ -1,0 +1,1 @@
+"""Command-line tools: qmpd-ctl and qmpd-img."""

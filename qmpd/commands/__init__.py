@@ -1,0 +1,1 @@
+"""Handlers of QMP commands, one module per file of qapi/."""

@@ -1,0 +1,1 @@
+"""Sector ciphers, IV generators, anti-forensic splitting, key derivation: pure functions on buffers."""

@@ -1,0 +1,1 @@
+"""The programs qmpd and qmpd-storage-daemon: options, sockets, start and stop."""

@@ -1,0 +1,1 @@
+"""What all exports share: registry and life cycle."""

@@ -1,0 +1,1 @@
+"""Export types, one file each."""

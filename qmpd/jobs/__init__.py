@@ -1,0 +1,1 @@
+"""Long-running jobs: the state machine and what drives it."""

@@ -1,0 +1,1 @@
+"""LUKS volumes over block edges: open, unlock, create."""

@@ -1,0 +1,1 @@
+"""The machine model: buses, devices, run state, guest policy."""

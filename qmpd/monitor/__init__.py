@@ -1,0 +1,1 @@
+"""QMP sessions: one client each; dispatch, events and replies."""

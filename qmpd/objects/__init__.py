@@ -1,0 +1,1 @@
+"""User-creatable object types, one file each."""

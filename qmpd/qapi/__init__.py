@@ -1,0 +1,1 @@
+"""The QAPI schema: read, checked, compiled to visitors, introspected."""

@@ -1,0 +1,1 @@
+"""The QOM tree: objects, their properties and paths."""
