@@ -213,7 +213,9 @@ class BlockBackend:
 
         await self._home(self._ranged(offset, length, work, "unmap"))
 
-    async def _ranged(self, offset: int, length: int, work: Callable[[Child], Coroutine[Any, Any, None]], kind: str) -> None:
+    async def _ranged(
+        self, offset: int, length: int, work: Callable[[Child], Coroutine[Any, Any, None]], kind: str
+    ) -> None:
         async with self._admitted(1) as root:
             if root.node.read_only:
                 self.stats.note_invalid(kind)
@@ -261,7 +263,9 @@ class BlockBackend:
         batch.raise_first()
         return data
 
-    async def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: WriteFlags = WriteFlags.NONE) -> None:
+    async def pwrite(
+        self, offset: int, data: bytes | bytearray | memoryview, flags: WriteFlags = WriteFlags.NONE
+    ) -> None:
         """Write `data` at `offset`. Raises OSError."""
         batch = Batch.single(offset, memoryview(data))
         await self.pwritev(batch, flags)

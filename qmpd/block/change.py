@@ -36,7 +36,7 @@ class Transaction:
         child.perm, child.shared = perm, shared
         if isinstance(parent, BlockNode):
             parent.children[name] = child
-            self._undo.append(lambda: parent.children.pop(name, None) and None)
+            self._undo.append(lambda: _forget(parent, name))
             self._touched.append(parent)
         node.parents.insert(0, child)
         self._undo.append(lambda: node.parents.remove(child))
@@ -152,6 +152,10 @@ class Transaction:
             step()
         self._commit.clear()
         self._undo.clear()
+
+
+def _forget(parent: BlockNode, name: str) -> None:
+    parent.children.pop(name, None)
 
 
 def cumulative(node: BlockNode) -> tuple[Perm, Perm]:

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
 
 
-def default_child_perm(
-    node: BlockNode, name: str, role: ChildRole, perm: Perm, shared: Perm
-) -> tuple[Perm, Perm]:
+def default_child_perm(node: BlockNode, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
     """Return (perm, shared) of the edge, given what `node`'s own parents take and share."""
     if role & ChildRole.FILTERED:
         return perm, shared

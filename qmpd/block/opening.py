@@ -121,7 +121,7 @@ class _Opening:
 
     async def _open(self, node: BlockNode) -> None:
         values = {key: value for key, value in self.members.items() if key != "backing"}
-        values.update({name: edge for name, edge in node.children.items()})
+        values.update(node.children)
         options = build(self.entry.options, values) if self.entry.options is not None else None
         try:
             await self.graph.runner.run(node.open(options))

@@ -53,9 +53,7 @@ class NodeOptions:
             active=tree.get("active"),
         )
 
-    def inherited_by(
-        self, child: NodeOptions, *, backing: bool = False, parent_is_format: bool = True
-    ) -> NodeOptions:
+    def inherited_by(self, child: NodeOptions, *, backing: bool = False, parent_is_format: bool = True) -> NodeOptions:
         """Return the options of an inline child: its own, then this parent's (bdrv_inherited_options).
 
         backing           a backing file is read-only unless it says otherwise, never auto-read-only

@@ -135,10 +135,15 @@ async def write(node: BlockNode, batch: Batch, flags: WriteFlags = WriteFlags.NO
     if late_flush:
         flags &= ~WriteFlags.FUA
     alignment = node.request_alignment
-    if alignment == 1:
-        await node.pwritev(batch, flags)
+    if node.node_options.detect_zeroes in ("on", "unmap"):
+        rest = await _divert_zeroes(node, batch, flags)
     else:
-        for group in _without_conflicts(batch, alignment):
+        rest = batch
+    if alignment == 1:
+        if rest:
+            await node.pwritev(rest, flags)
+    else:
+        for group in _without_conflicts(rest, alignment):
             await _write_group(node, group, flags, alignment)
     for request in batch:
         if request.end > node.wr_highest_offset and not request.error:
@@ -147,10 +152,28 @@ async def write(node: BlockNode, batch: Batch, flags: WriteFlags = WriteFlags.NO
         await node.flush()
 
 
+async def _divert_zeroes(node: BlockNode, batch: Batch, flags: WriteFlags) -> Batch:
+    """Turn the requests that hold only zeroes into zero writes; return the others."""
+    if node.node_options.detect_zeroes == "unmap":
+        flags |= WriteFlags.MAY_UNMAP
+    rest = Batch()
+    for request in batch:
+        aligned = not (request.offset | len(request.view)) % node.request_alignment
+        if not aligned or bytes(request.view).count(0) < len(request.view):
+            rest.append(request)
+            continue
+        try:
+            async with node.ranges.own(request.offset, request.end, exclusive=False):
+                await node.pwrite_zeroes(request.offset, len(request.view), flags)
+        except OSError:
+            rest.append(request)
+    return rest
+
+
 def _without_conflicts(batch: Batch, alignment: int) -> list[Batch]:
     """Split a batch, keeping its order, so that no widened range meets another of its group."""
     if _aligned(batch, alignment):
-        return [batch]
+        return [batch] if batch else []
     groups: list[Batch] = []
     current = Batch()
     taken: list[tuple[int, int, bool]] = []

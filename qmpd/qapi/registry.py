@@ -87,7 +87,13 @@ def _class_decorator(
 
 def driver(name: str, *, schema: str, options: type[Any]) -> Callable[[type[T]], type[T]]:
     """Declare a block driver: a `BlockNode` class; `schema` is its branch of BlockdevOptions."""
-    return _class_decorator(registry.drivers, "driver", name, schema, options)
+    declare = _class_decorator(registry.drivers, "driver", name, schema, options)
+
+    def named(cls: type[T]) -> type[T]:
+        cls.driver_name = name  # type: ignore[attr-defined]
+        return declare(cls)
+
+    return named
 
 
 def qom_type(name: str, *, schema: str, options: type[Any]) -> Callable[[type[T]], type[T]]:

@@ -1,0 +1,135 @@
+"""What the query commands say about nodes: ImageInfo, BlockDeviceInfo, BlockStats, the graph.
+
+Model: bdrv_block_device_info, bdrv_query_image_info and bdrv_get_xdbg_block_graph (QEMU
+block/qapi.c, block.c).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qmpd.block import stats
+from qmpd.block.backend import BlockBackend
+from qmpd.block.backing import full_backing_filename
+from qmpd.block.filename import node_filename
+from qmpd.block.node import BlockNode
+from qmpd.block.perm import ChildRole, perm_wire
+from qmpd.errors import CommandError
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+
+def image_info(node: BlockNode, *, chain: bool) -> dict[str, Any]:
+    """Return ImageInfo; with `chain` the backing images are nested in `backing-image`."""
+    info: dict[str, Any] = {
+        "virtual-size": node.size,
+        "filename": node_filename(node),
+        "format": node.driver_name,
+    }
+    allocated = node.allocated_size()
+    if allocated is not None:
+        info["actual-size"] = allocated
+    info |= node.image_info()
+    if node.backing_file:
+        info["backing-filename"] = node.backing_file
+        try:
+            info["full-backing-filename"] = full_backing_filename(node) or node.backing_file
+        except CommandError:
+            pass  # relative to nothing: the plain member says what the image holds
+        if node.backing_format:
+            info["backing-filename-format"] = node.backing_format
+    backing = node.children.get("backing")
+    if chain and backing is not None:
+        info["backing-image"] = image_info(backing.node, chain=True)
+    return info
+
+
+def backing_depth(node: BlockNode) -> int:
+    """Return how many images lie below `node` in its backing chain."""
+    depth = 0
+    while "backing" in node.children:
+        node = node.children["backing"].node
+        depth += 1
+    return depth
+
+
+def device_info(node: BlockNode, *, flat: bool) -> dict[str, Any]:
+    """Return BlockDeviceInfo; `flat` leaves out what lies below."""
+    options = node.node_options
+    info: dict[str, Any] = {
+        "node-name": node.name,
+        "drv": node.driver_name,
+        "file": node_filename(node),
+        "ro": node.read_only,
+        "active": True,
+        "encrypted": bool(node.image_info().get("encrypted")),
+        "cache": {
+            "writeback": True,
+            "direct": bool(options.cache_direct),
+            "no-flush": bool(options.cache_no_flush),
+        },
+        "detect_zeroes": options.detect_zeroes or "off",
+        "backing_file_depth": 0 if flat else backing_depth(node),
+        "write_threshold": 0,
+        "image": image_info(node, chain=not flat),
+    }
+    info |= dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    backing = node.children.get("backing")
+    if backing is not None:
+        info["backing_file"] = node_filename(backing.node)
+    return info
+
+
+def node_stats(node: BlockNode, backend: BlockBackend | None = None, *, chain: bool) -> dict[str, Any]:
+    """Return BlockStats of a node; the counters are those of `backend`, zero without one.
+
+    `chain` adds the backing image; the image's own file is always there as `parent`.
+    """
+    reply: dict[str, Any] = {
+        "node-name": node.name,
+        "stats": stats.to_wire(backend.stats if backend else None, node.wr_highest_offset),
+    }
+    specific = node.driver_stats()
+    if specific is not None:
+        reply["driver-specific"] = {"driver": node.driver_name, **specific}
+    for child in node.children.values():
+        if child.role & (ChildRole.PRIMARY | ChildRole.FILTERED) and "parent" not in reply:
+            reply["parent"] = node_stats(child.node, chain=chain)
+        elif chain and child.name == "backing":
+            reply["backing"] = node_stats(child.node, chain=True)
+    return reply
+
+
+def debug_graph(graph: Graph) -> dict[str, Any]:
+    """Return XDbgBlockGraph: backends, then nodes from the oldest, ids in the order of meeting.
+
+    Both lists are turned round at the end, as the reference's are.
+    """
+    ids: dict[int, int] = {}
+    nodes: list[dict[str, Any]] = []
+    edges: list[dict[str, Any]] = []
+
+    def number(thing: object) -> int:
+        return ids.setdefault(id(thing), len(ids) + 1)
+
+    def edge(parent: object, child: Any) -> None:
+        edges.append(
+            {
+                "parent": number(parent),
+                "child": number(child.node),
+                "name": child.name,
+                "perm": perm_wire(child.perm),
+                "shared-perm": perm_wire(child.shared),
+            }
+        )
+
+    for backend in graph.backends:
+        nodes.append({"id": number(backend), "type": "block-backend", "name": backend.name or backend.label})
+        if backend.root is not None:
+            edge(backend, backend.root)
+    for node in reversed(graph.nodes()):
+        nodes.append({"id": number(node), "type": "block-driver", "name": node.name})
+        for child in reversed(node.children.values()):
+            edge(node, child)
+    return {"nodes": nodes[::-1], "edges": edges[::-1]}

@@ -1,0 +1,67 @@
+"""Handlers of qapi/block-core.json: nodes made, deleted and shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qmpd.block import info
+from qmpd.context import Context
+from qmpd.qapi.registry import command
+
+
+@command("blockdev-add")
+async def blockdev_add(ctx: Context, *, options: dict[str, Any]) -> None:
+    """Open a tree of nodes; the key derivation of an encrypted one runs out of turn."""
+    await ctx.graph.blockdev_add(options, ctx.out_of_turn)
+
+
+@command("blockdev-del")
+async def blockdev_del(ctx: Context, *, node_name: str) -> None:
+    """Delete a node that nothing uses, with the children that were made for it."""
+    await ctx.graph.blockdev_del(node_name)
+
+
+@command("query-named-block-nodes")
+async def query_named_block_nodes(ctx: Context, *, flat: bool = False) -> list[dict[str, Any]]:
+    """Describe every node, newest first."""
+    return [info.device_info(node, flat=flat) for node in ctx.graph.nodes()]
+
+
+@command("query-block")
+async def query_block(ctx: Context) -> list[dict[str, Any]]:
+    """Describe every disk device; a program without devices has none."""
+    if ctx.services.machine is None:
+        return []
+    reply = []
+    for device in ctx.services.machine.block_devices():
+        row = device.query_block_row()
+        node = device.backend.node
+        if node is not None:
+            row["inserted"] = info.device_info(node, flat=False)
+        reply.append(row)
+    return reply
+
+
+@command("query-blockstats")
+async def query_blockstats(ctx: Context, *, query_nodes: bool = False) -> list[dict[str, Any]]:
+    """Count what went through every disk device or, with `query_nodes`, every node."""
+    if query_nodes:
+        return [info.node_stats(node, chain=False) for node in reversed(ctx.graph.nodes())]
+    if ctx.services.machine is None:
+        return []
+    reply = []
+    for device in ctx.services.machine.block_devices():
+        node = device.backend.node
+        row: dict[str, Any] = {"device": device.backend.name, "qdev": device.qdev}
+        if node is None:
+            row["stats"] = info.stats.to_wire(device.backend.stats, 0)
+        else:
+            row |= info.node_stats(node, device.backend, chain=True)
+        reply.append(row)
+    return reply
+
+
+@command("x-debug-query-block-graph")
+async def debug_query_block_graph(ctx: Context) -> dict[str, Any]:
+    """Show nodes, backends and edges with their permissions."""
+    return info.debug_graph(ctx.graph)

@@ -1,0 +1,117 @@
+"""raw: a byte window onto its file child, otherwise a pass-through.
+
+Options: BlockdevOptionsRaw (qapi/block-drivers.json). Messages: as the reference.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.child import Child
+from qmpd.block.defaults import default_child_perm
+from qmpd.block.node import BlockNode, Extent
+from qmpd.block.perm import ChildRole, Perm
+from qmpd.errors import CommandError
+from qmpd.qapi.registry import driver
+from qmpd.units import SECTOR
+
+
+@dataclass(frozen=True, slots=True)
+class RawOptions:
+    """BlockdevOptionsRaw.
+
+    offset  bytes into the child          size  bytes; None means to the end of the child
+    """
+
+    file: Child
+    offset: int | None = None
+    size: int | None = None
+
+
+@driver("raw", schema="BlockdevOptionsRaw", options=RawOptions)
+class RawNode(BlockNode):
+    """A window onto another node."""
+
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.DATA | ChildRole.PRIMARY}
+    strong_options = ("offset", "size")
+
+    async def open(self, options: RawOptions) -> None:
+        """Check that the window lies within the child."""
+        self.file, self.start, self.window = options.file, options.offset or 0, options.size
+        available = self.file.size
+        if self.start < 0:
+            raise CommandError(f"Value '{self.start}' is out of range for parameter 'offset'")
+        if self.window is not None and self.window < 0:
+            raise CommandError(f"Value '{self.window}' is out of range for parameter 'size'")
+        if self.start > available:
+            raise CommandError(
+                f"Offset ({self.start}) cannot be greater than size of the containing file ({available})"
+            )
+        if self.window is not None and self.window > available - self.start:
+            raise CommandError(
+                f"The sum of offset ({self.start}) and size ({self.window}) has to be smaller or equal to the  "
+                f"actual size of the containing file ({available})"
+            )
+        if self.window is not None and self.window % SECTOR:
+            raise CommandError("Specified size is not multiple of 512")
+        self.size = available - self.start if self.window is None else self.window
+        self.supports_fua = True
+        if not self.start % self.file.node.request_alignment:
+            self.request_alignment = self.file.node.request_alignment
+
+    @property
+    def windowed(self) -> bool:
+        """True if the node shows a part of its child only."""
+        return "offset" in self.given or "size" in self.given
+
+    def child_perm(self, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Pass everything through; a window also forbids others to resize what it is cut from."""
+        if not self.windowed:
+            return perm, shared
+        wanted, lets = default_child_perm(self, name, role, perm, shared)
+        return (wanted & ~(Perm.WRITE | Perm.RESIZE)) | (perm & (Perm.WRITE | Perm.RESIZE)), lets
+
+    async def preadv(self, batch: Batch) -> None:
+        """Read from the child."""
+        await self.file.preadv(batch.shifted(self.start))
+
+    async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
+        """Write to the child."""
+        await self.file.pwritev(batch.shifted(self.start), flags)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Grow with the child, as a plain raw node does while a format above allocates."""
+        if self.window is None:
+            self.size = self.file.size - self.start
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
+        """Zero in the child."""
+        await self.file.pwrite_zeroes(self.start + offset, length, flags)
+        self._follow()
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Discard in the child."""
+        await self.file.pdiscard(self.start + offset, length)
+
+    async def flush(self) -> None:
+        """Flush the child."""
+        await self.file.flush()
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        """Report what the child has there."""
+        found = await self.file.block_status(self.start + offset, length)
+        return [replace(extent, offset=extent.offset - self.start) for extent in found]
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Resize the child; a window of fixed size stays as it is."""
+        if self.window is not None:
+            raise CommandError("Cannot resize fixed-size raw disks")
+        if size + self.start >= 1 << 63:
+            raise OSError(errno.EINVAL, "Disk size too large for the chosen offset")
+        await self.file.node.truncate(size + self.start, exact=exact)
+        self.size = size
