@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 MAX_TREE_DEPTH = 200
 """Levels of inline children and of backing files together; the reference stops there as well."""
 
+MAX_LENGTH = (1 << 63) - (1 << 30)
+"""Bytes in a node at most (BDRV_MAX_LENGTH): offsets stay signed 64-bit after any alignment."""
+
 
 async def open_tree(
     graph: Graph, tree: Mapping[str, Any], slow: Slow, generic: NodeOptions | None = None, depth: int = 0
@@ -131,6 +134,8 @@ class _Opening:
                     await self.graph.runner.run(node.unlock())
         except OSError as error:
             raise open_error(node, error) from error
+        if node.size > MAX_LENGTH:
+            raise CommandError("Could not refresh total sector count: File too large")
 
     async def undo(self) -> None:
         """Take back what was done, newest first; the error that caused it stays the one reported."""

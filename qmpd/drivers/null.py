@@ -41,7 +41,7 @@ class NullNode(BlockNode):
         """Take the size; the reference aborts on a negative one."""
         if options.latency_ns < 0 or options.latency_ns >= 1 << 63:
             raise CommandError("latency-ns is invalid")
-        if not 0 <= options.size < 1 << 63:
+        if options.size < 0:
             raise CommandError(f"Value '{options.size}' is out of range for parameter 'size'")
         self.options = options
         self.size = align_up(options.size, SECTOR)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
@@ -106,6 +106,11 @@ class RawNode(BlockNode):
         """Report what the child has there."""
         found = await self.file.block_status(self.start + offset, length)
         return [replace(extent, offset=extent.offset - self.start) for extent in found]
+
+    def image_info(self) -> dict[str, Any]:
+        """What the child says of its clusters; a raw node has no format of its own."""
+        below = self.file.node.image_info()
+        return {name: below[name] for name in ("cluster-size", "dirty-flag") if name in below}
 
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Resize the child; a window of fixed size stays as it is."""
