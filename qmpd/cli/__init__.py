@@ -1,1 +1,1 @@
-"""Command-line tools: qmpd-ctl and qmpd-img."""
+"""The tools for people: qmpd-ctl (a QMP client) and qmpd-img (images); one file for each subcommand."""

@@ -1,0 +1,1 @@
+"""The subcommands of qmpd-ctl; each module declares its own with `@subcommand`."""

@@ -1,0 +1,1 @@
+"""The subcommands of qmpd-img; each module declares its own with `@subcommand`."""

@@ -1,0 +1,46 @@
+"""Entry points of qmpd-ctl and qmpd-img: parse the command line, run the subcommand, word its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from qemu.qmp import QMPError
+
+from qmpd.cli.subcommand import make_parser
+from qmpd.errors import QmpdError
+
+
+def run(program: str, package: str, description: str, argv: Sequence[str] | None) -> int:
+    """Run the subcommand that `argv` (default: the process's own) names and return its exit status.
+
+    1 with one line on standard error for what failed, 130 for the interrupt key.
+    """
+    args = make_parser(program, package, description).parse_args(argv)
+    try:
+        status: int = asyncio.run(args.subcommand.run(args))
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (QmpdError, QMPError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        if isinstance(error, QmpdError) and error.hint:
+            print(error.hint, file=sys.stderr)
+        return 1
+
+
+def ctl_main(argv: Sequence[str] | None = None) -> int:
+    """Run qmpd-ctl."""
+    return run("qmpd-ctl", "qmpd.cli.ctl", "Talk to a running qmpd, or to any QMP server.", argv)
+
+
+def img_main(argv: Sequence[str] | None = None) -> int:
+    """Run qmpd-img."""
+    description = "Make disk images. Only what is listed here is built yet."
+    return run("qmpd-img", "qmpd.cli.img", description, argv)
