@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
     from qmpd.events import EventBus
+    from qmpd.jobs.job import JobManager
     from qmpd.machine.machine import Machine
     from qmpd.qapi.registry import Registry
     from qmpd.qapi.schema import Schema
@@ -29,6 +30,7 @@ class Services:
     """What one daemon consists of, made by `daemon.main`; one per process (tests make several).
 
     machine    None in the storage daemon
+    jobs       the long-running jobs
     chardevs   rows of query-chardev, kept true by `daemon.listen`
     quit       ends the daemon after the reply has left; the argument is the SHUTDOWN reason
     """
@@ -40,6 +42,7 @@ class Services:
     objects: ObjectTree
     graph: Graph
     machine: Machine | None
+    jobs: JobManager
     quit: Callable[[str], None]
     chardevs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,6 +61,10 @@ class Context(Protocol):
     @property
     def objects(self) -> ObjectTree:
         """The QOM tree."""
+
+    @property
+    def jobs(self) -> JobManager:
+        """The long-running jobs."""
 
     @property
     def events(self) -> EventBus:

@@ -6,6 +6,7 @@ from typing import Any
 
 from qmpd.block import info
 from qmpd.context import Context
+from qmpd.jobs.block_job import BlockJob
 from qmpd.qapi.registry import command
 
 
@@ -65,3 +66,9 @@ async def query_blockstats(ctx: Context, *, query_nodes: bool = False) -> list[d
 async def debug_query_block_graph(ctx: Context) -> dict[str, Any]:
     """Show nodes, backends and edges with their permissions."""
     return info.debug_graph(ctx.graph)
+
+
+@command("query-block-jobs")
+async def query_block_jobs(ctx: Context) -> list[dict[str, Any]]:
+    """List the jobs that work on block nodes."""
+    return [job.to_block_wire() for job in ctx.jobs.newest_first() if isinstance(job, BlockJob)]

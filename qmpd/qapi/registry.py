@@ -51,6 +51,7 @@ class Registry:
     commands: dict[str, CommandEntry] = field(default_factory=dict)
     drivers: dict[str, ClassEntry] = field(default_factory=dict)
     qom_types: dict[str, ClassEntry] = field(default_factory=dict)
+    creators: dict[str, ClassEntry] = field(default_factory=dict)
     exports: dict[str, ClassEntry] = field(default_factory=dict)
     jobtypes: dict[str, ClassEntry] = field(default_factory=dict)
     devices: dict[str, ClassEntry] = field(default_factory=dict)
@@ -94,6 +95,14 @@ def driver(name: str, *, schema: str, options: type[Any]) -> Callable[[type[T]],
         return declare(cls)
 
     return named
+
+
+def creator(name: str, *, schema: str, options: type[Any]) -> Callable[[type[T]], type[T]]:
+    """Declare how the driver `name` makes an image: a class with `create(options)`.
+
+    It is made with the graph as its argument; `schema` is its branch of BlockdevCreateOptions.
+    """
+    return _class_decorator(registry.creators, "creator", name, schema, options)
 
 
 def qom_type(name: str, *, schema: str, options: type[Any]) -> Callable[[type[T]], type[T]]:
