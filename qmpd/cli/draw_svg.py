@@ -56,9 +56,13 @@ def svg(graph: NodeGraph) -> str:
         parts.append(
             f'<line x1="{top.middle:.1f}" y1="{y1:.1f}" x2="{bottom.middle:.1f}" y2="{y2:.1f}" stroke="black"/>'
         )
-        # The role stands beside the lower end, where lines from one parent have parted.
+        # The role stands beside the lower end, where lines from one parent have parted, and outside of them.
         x, y = top.middle + (bottom.middle - top.middle) * 0.7, y1 + (y2 - y1) * 0.7
-        parts.append(f'<text x="{x + 5:.1f}" y="{y:.1f}" fill="#444">{escape(edge.role)}</text>')
+        left = bottom.middle < top.middle
+        parts.append(
+            f'<text x="{x - 6 if left else x + 6:.1f}" y="{y:.1f}" fill="#444" '
+            f'text-anchor="{"end" if left else "start"}">{escape(edge.role)}</text>'
+        )
     for box in boxes.values():
         parts.append(
             f'<rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" '

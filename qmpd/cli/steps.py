@@ -173,11 +173,11 @@ def _shell_words(source: _Text, at: int) -> Iterator[tuple[str, int]]:
                 word.append(text[at])
             else:
                 word.append(character)
-        elif character in ("", " ", "\t", "\n"):
+        elif character in ("", *" \t\n;|&"):
             if word is not None:
                 yield "".join(word), at
                 word = None
-            if character in ("", "\n"):
+            if character not in (" ", "\t"):
                 return
         else:
             if word is None:
