@@ -1,0 +1,203 @@
+"""luks: an encrypted volume, its header at the start of `file` or apart from it in `header`.
+
+Options: BlockdevOptionsLUKS (qapi/block-drivers.json). Formats, keys and key slots: qmpd.luks. Model:
+QEMU block/crypto.c; texts as the reference.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qmpd.aio.pool import BufferPool
+from qmpd.block.batch import Batch, Request, WriteFlags
+from qmpd.block.child import Child
+from qmpd.block.node import BlockNode
+from qmpd.block.perm import ChildRole, Perm
+from qmpd.crypto.block import BlockCrypto
+from qmpd.crypto.secretbytes import SecretBytes
+from qmpd.errors import CommandError
+from qmpd.luks.shared import SharedHeader, header_of
+from qmpd.luks.volume import Volume
+from qmpd.luks.work import transform
+from qmpd.qapi.registry import driver
+from qmpd.units import MiB
+
+WRITE_CHUNK = 1 * MiB
+"""Bytes that are encrypted before they are handed down together."""
+
+POOL_CAP = 8 * MiB
+"""Bytes of idle bounce buffers a node keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class LuksOptions:
+    """BlockdevOptionsLUKS; without `header` the volume is whole in `file`."""
+
+    file: Child
+    header: Child | None = None
+    key_secret: str | None = None
+
+
+@driver("luks", schema="BlockdevOptionsLUKS", options=LuksOptions)
+class LuksNode(BlockNode):
+    """The decrypted payload."""
+
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {
+        "file": ChildRole.IMAGE,
+        "header": ChildRole.METADATA,
+    }
+    strong_options = ("key-secret",)
+
+    async def open(self, options: LuksOptions) -> None:
+        """Look the secret up, then read and check the header."""
+        self.file = options.file
+        self.request_alignment = 512
+        self._crypto: BlockCrypto | None = None
+        self._passphrase: SecretBytes | None = None
+        self._source = options.header or options.file
+        self._shared: SharedHeader = header_of(self._source.node)
+        if options.key_secret is None:
+            raise CommandError("Parameter 'key-secret' is required for cipher")
+        passphrase = self.graph.objects.passphrase(options.key_secret)
+        try:
+            self.volume: Volume = await self._shared.read(self._source, detached=options.header is not None)
+        except BaseException:
+            passphrase.wipe()
+            raise
+        self._passphrase = passphrase
+        self._shared.users += 1
+        self.request_alignment = self.volume.spec.sector_size
+        self.supports_fua = True  # writes pass it on, and the edge below flushes where it must
+        self._buffers = BufferPool(POOL_CAP)
+
+    async def unlock(self) -> None:
+        """Derive the volume key; the passphrase is forgotten either way."""
+        assert self._passphrase is not None, "open comes first"
+        try:
+            unlocked = await self.volume.unlock(self._source, self._passphrase)
+        finally:
+            self._passphrase.wipe()
+        try:
+            self._crypto = BlockCrypto(self.volume.spec, unlocked.key, first=self.volume.first_sector)
+        finally:
+            unlocked.wipe()
+        self._refresh_size()
+
+    def _refresh_size(self) -> None:
+        if self.volume.payload_offset > self.file.size:
+            raise CommandError("Could not refresh total sector count: Input/output error")
+        self.size = self.file.size - self.volume.payload_offset
+
+    async def close(self) -> None:
+        """Wipe the key."""
+        if self._passphrase is not None:
+            self._passphrase.wipe()
+        if self._crypto is not None:
+            self._crypto.wipe()
+            self._crypto = None
+        self._shared.users -= 1
+
+    # --- I/O --------------------------------------------------------------------------------------
+
+    @property
+    def crypto(self) -> BlockCrypto:
+        """The cipher of the open volume."""
+        assert self._crypto is not None, "the node is not unlocked"
+        return self._crypto
+
+    async def preadv(self, batch: Batch) -> None:
+        """Read ciphertext into the caller's views and decrypt it there."""
+        crypto = self.crypto
+        await self.file.preadv(batch.shifted(self.volume.payload_offset))
+        spans = crypto.in_place(batch)
+        if spans:
+            await transform(crypto.decrypt, spans)
+
+    async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
+        """Encrypt into bounce buffers, about WRITE_CHUNK at a time, and write those."""
+        for group in _chunks(batch):
+            buffer = self._buffers.take(group.total)
+            try:
+                spans = self.crypto.onto(group, buffer.view)
+                await transform(self.crypto.encrypt, spans)
+                offset = self.volume.payload_offset
+                lower = Batch(
+                    Request(request.offset + offset, memoryview(target), request)
+                    for request, (_, _, target) in zip(group, spans, strict=True)
+                )
+                await self._write_down(lower, flags)
+            finally:
+                buffer.release()
+        if self.file.size > self.size + self.volume.payload_offset:
+            self._refresh_size()
+
+    async def _write_down(self, lower: Batch, flags: WriteFlags) -> None:
+        try:
+            await self.file.pwritev(lower, flags)
+        except OSError as error:
+            lower.fail(error.errno or errno.EIO)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Discard the ciphertext; what is read there afterwards is undefined until rewritten."""
+        await self.file.pdiscard(offset + self.volume.payload_offset, length)
+
+    async def flush(self) -> None:
+        """Flush the payload; the header is not written to."""
+        await self.file.flush()
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Resize the payload."""
+        if size > (1 << 63) - 1 - self.volume.payload_offset:
+            raise OSError(errno.EFBIG, "The requested file size is too large")
+        await self.file.node.truncate(size + self.volume.payload_offset, exact=exact)
+        self._refresh_size()
+
+    # --- permissions ------------------------------------------------------------------------------
+
+    def child_perm(self, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Treat the payload like a filter's child; a header is only read, and shared with everybody.
+
+        The reference passes write through to the header as well; see docs/differences.md.
+        """
+        if name == "header":
+            return Perm.CONSISTENT_READ, Perm.ALL
+        return perm | Perm.CONSISTENT_READ, shared
+
+    # --- descriptions -----------------------------------------------------------------------------
+
+    def image_info(self) -> dict[str, Any]:
+        """ImageInfoSpecificLUKS; cluster size and dirty flag are those of the payload's node, the latter never set."""
+        below = self.file.node.image_info()
+        info: dict[str, Any] = {}
+        if "cluster-size" in below:
+            info["cluster-size"] = below["cluster-size"]
+        info["encrypted"] = True
+        if "dirty-flag" in below:
+            info["dirty-flag"] = False
+        info["format-specific"] = {"type": "luks", "data": self.volume.info()}
+        return info
+
+
+def _chunks(batch: Batch) -> list[Batch]:
+    """Cut a batch into parts of at most WRITE_CHUNK bytes; a cut request becomes several."""
+    if batch.total <= WRITE_CHUNK:
+        return [batch]
+    groups: list[Batch] = []
+    current, room = Batch(), WRITE_CHUNK
+    for request in batch:
+        at, length = 0, len(request.view)
+        while at < length:
+            now = min(room, length - at)
+            whole = now == length
+            current.append(request if whole else request.part(request.offset + at, at, now))
+            at += now
+            room -= now
+            if not room:
+                groups.append(current)
+                current, room = Batch(), WRITE_CHUNK
+    if current:
+        groups.append(current)
+    return groups

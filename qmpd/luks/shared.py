@@ -1,0 +1,41 @@
+"""One object per header node: what the luks nodes of this process that use the same header share."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from qmpd.luks.volume import HeaderIO, Volume, read_volume
+
+if TYPE_CHECKING:
+    from qmpd.block.node import BlockNode
+
+
+class SharedHeader:
+    """The header on one node, as last read.
+
+    lock        held by whoever changes the header, and by whoever reads more of it than one piece
+    users       luks nodes that are open on it
+    generation  counts changes made through this process; a user that remembers a lower one reads again
+    """
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.generation = 0
+
+    async def read(self, source: HeaderIO, *, detached: bool) -> Volume:
+        """Read the header anew, between changes. Raises CommandError, OSError."""
+        async with self.lock:
+            return await read_volume(source, detached=detached)
+
+
+_shared: WeakKeyDictionary[BlockNode, SharedHeader] = WeakKeyDictionary()
+
+
+def header_of(node: BlockNode) -> SharedHeader:
+    """Return the one object for the header on `node`."""
+    if node not in _shared:
+        _shared[node] = SharedHeader()
+    return _shared[node]

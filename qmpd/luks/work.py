@@ -1,0 +1,62 @@
+"""Where the work of ciphers is done: small runs at once, large ones on two threads, key derivation never on a loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from qmpd.aio.pool import in_work_thread, work_executor
+from qmpd.crypto.block import pieces, total
+from qmpd.crypto.cipher import Span
+from qmpd.units import KiB, MiB
+
+INLINE = 192 * KiB
+"""Bytes up to which handing half of it to a thread costs more than it saves (about 0.1 ms)."""
+
+YIELD_EVERY = 1 * MiB
+"""Bytes after which the loop gets its turn during a large run."""
+
+Transform = Callable[[Sequence[Span]], None]
+
+derive = in_work_thread
+"""Run a key derivation in a thread and return its result."""
+
+
+async def transform(run: Transform, spans: Sequence[Span]) -> None:
+    """Apply `run` (encryption or decryption) to all spans and return when all are done.
+
+    Large runs are cut into pieces that a helper thread and this loop take in turn. A helper that
+    found no free thread by the time the pieces are gone is called off, so that a key derivation in
+    progress delays no I/O.
+    """
+    if total(spans) <= INLINE:
+        run(spans)
+        return
+    todo = deque(pieces(spans))
+
+    def help_out() -> None:
+        while True:
+            try:
+                piece = todo.popleft()
+            except IndexError:
+                return
+            run(piece)
+
+    helper = work_executor().submit(help_out)
+    try:
+        done = 0
+        while todo:
+            try:
+                piece = todo.popleft()
+            except IndexError:
+                break
+            run(piece)
+            done += total(piece)
+            if done >= YIELD_EVERY:
+                done = 0
+                await asyncio.sleep(0)
+    finally:
+        todo.clear()
+        if not helper.cancel():
+            await asyncio.wrap_future(helper)
