@@ -1,0 +1,106 @@
+"""Files on disk: every way in and out agrees with a plain bytearray."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qmpd.aio import locks
+from qmpd.aio.disk import DiskFile, neighbours
+from qmpd.block.batch import Batch, Request
+from qmpd.errors import CommandError
+
+SIZE = 256 * 1024
+
+
+def open_disk(path: Path, *, direct: bool = False) -> DiskFile:
+    flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
+    return DiskFile(os.open(path, flags), direct=direct)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[DiskFile]:
+    (tmp_path / "d.img").write_bytes(bytes(SIZE))
+    disk = open_disk(tmp_path / "d.img")
+    yield disk
+    disk.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 70_000), st.integers(0, 255)), max_size=12))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("fua", [False, True])
+async def test_batches_of_writes_read_back(tmp_path: Path, fua: bool, todo: list[tuple[int, int, int]]) -> None:
+    path = tmp_path / "model.img"
+    path.write_bytes(bytes(SIZE))
+    disk = open_disk(path)
+    try:
+        model = bytearray(SIZE)
+        for offset, length, value in todo:
+            data = bytes([value]) * min(length, SIZE - offset)
+            model[offset : offset + len(data)] = data
+            await disk.pwritev(Batch.single(offset, memoryview(data)), fua=fua)
+        got = bytearray(SIZE + 100)
+        await disk.preadv(Batch([Request(i, memoryview(got)[i : i + 65536]) for i in range(0, len(got), 65536)]))
+        assert got == model + bytes(100), "what lies beyond the end reads as zeroes"
+    finally:
+        disk.close()
+
+
+async def test_neighbouring_writes_become_one_call_and_one_failure_marks_only_its_run(disk: DiskFile) -> None:
+    def request(offset: int) -> Request:
+        return Request(offset, memoryview(b"x" * 512))
+
+    batch = [request(0), request(512), request(4096), request(1024)]
+    assert [[r.offset for r in run] for run in neighbours(batch)] == [[0, 512], [4096], [1024]]
+    bad = Request(-512, memoryview(b"y" * 512))
+    await disk.pwritev([*batch, bad])
+    assert [r.error for r in batch] == [0] * 4
+    assert bad.error == errno.EINVAL
+
+
+async def test_zero_writes_and_holes_are_seen_as_holes(disk: DiskFile) -> None:
+    await disk.pwritev(Batch.single(0, memoryview(b"z" * SIZE)))
+    await disk.write_zeroes(65536, 65536, unmap=True)
+    assert await disk.extents(0, SIZE) == [(0, 65536, True), (65536, 65536, False), (131072, 131072, True)]
+    await disk.write_zeroes(SIZE - 4096, 8192, unmap=False)
+    assert disk.refresh_size() == SIZE + 4096, "a zero write beyond the end grows the file"
+
+
+async def test_direct_io_takes_any_buffer(tmp_path: Path) -> None:
+    (tmp_path / "d.img").write_bytes(b"a" * 8192)
+    try:
+        disk = open_disk(tmp_path / "d.img", direct=True)
+    except OSError as error:
+        assert error.errno == errno.EINVAL, "this file system has no direct I/O"
+        return
+    try:
+        data = memoryview(bytearray(b"?" + b"b" * 4096))[1:]
+        await disk.pwritev(Batch.single(4096, data))
+        got = memoryview(bytearray(8193))[1:]
+        await disk.preadv(Batch.single(0, got))
+        assert bytes(got) == b"a" * 4096 + b"b" * 4096
+    finally:
+        disk.close()
+
+
+def test_a_lock_in_use_and_a_lock_not_shared_exclude_each_other(tmp_path: Path) -> None:
+    path = str(tmp_path / "l.img")
+    one, two = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    try:
+        locks.apply(one, 0b0011, 0b0010, release=True)
+        locks.check(two, 0b0001, 0b0000, path)
+        with pytest.raises(CommandError, match='^Failed to get "write" lock$'):
+            locks.check(two, 0b0010, 0b0000, path)
+        with pytest.raises(CommandError, match='^Failed to get shared "write" lock$'):
+            locks.check(two, 0b0001, 0b0010, path)
+        locks.apply(one, 0b0001, 0b0000, release=True)
+        locks.check(two, 0b0010, 0b0010, path)
+    finally:
+        os.close(one)
+        os.close(two)
