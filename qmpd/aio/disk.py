@@ -28,6 +28,7 @@ _FALLOC_PUNCH_HOLE = 2
 _FALLOC_ZERO_RANGE = 16
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
+_zeroes = memoryview(bytes(256 * KiB))
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -228,11 +229,12 @@ class DiskFile:
             raise OSError(code, os.strerror(code))
         return True
 
-    async def truncate(self, size: int) -> None:
-        """Set the size of a regular file in bytes. Raises OSError."""
+    async def truncate(self, size: int, preallocation: str = "off") -> None:
+        """Set the size of a regular file in bytes; what is added is a hole, or preallocated by
+        "falloc" or "full". Raises OSError."""
 
         def work() -> None:
-            os.ftruncate(self.fd, size)
+            set_size(self.fd, self.refresh_size(), size, preallocation)
             self.size = size
 
         await in_disk_thread(work)
@@ -297,6 +299,20 @@ def neighbours(requests: Sequence[IoRequest]) -> list[list[IoRequest]]:
             runs.append([request])
         end = request.offset + len(request.view)
     return runs
+
+
+def set_size(fd: int, current: int, size: int, preallocation: str) -> None:
+    """Change a file from `current` to `size` bytes ("off", "falloc" or "full"); blocks. Raises OSError."""
+    if size >= 1 << 63:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    if preallocation == "falloc" and size > current:
+        os.posix_fallocate(fd, current, size - current)
+    elif preallocation == "full" and size > current:
+        while current < size:
+            current += os.pwrite(fd, _zeroes[: min(len(_zeroes), size - current)], current)
+        os.fsync(fd)
+    else:
+        os.ftruncate(fd, size)
 
 
 def _zero(view: memoryview, start: int) -> None:

@@ -255,6 +255,18 @@ class BlockBackend:
 
         return await self._home(work())
 
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """Change the size of the node in bytes; the backend holds the resize permission.
+
+        Raises CommandError, OSError.
+        """
+
+        async def work() -> None:
+            async with self._admitted(1) as root:
+                await root.node.truncate(size, exact=exact, preallocation=preallocation)
+
+        await self._home(work())
+
     async def pread(self, offset: int, length: int) -> bytearray:
         """Return `length` bytes from `offset`. Raises OSError."""
         data = bytearray(length)

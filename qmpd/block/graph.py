@@ -158,6 +158,20 @@ class Graph:
         node.monitor_owned = True
         return node
 
+    @asynccontextmanager
+    async def borrowed(self, reference: str | Mapping[str, Any]) -> AsyncIterator[BlockNode]:
+        """Give the node that a validated BlockdevRef means; one opened for it is closed afterwards."""
+        if isinstance(reference, str):
+            yield self.lookup(reference, reference)
+            return
+        node = await opening.open_tree(self, reference, nullcontext)
+        node.monitor_owned = True
+        try:
+            yield node
+        finally:
+            node.monitor_owned = False
+            await self.drop_unreferenced(node)
+
     async def blockdev_del(self, name: str) -> None:
         """Delete a node of the monitor. Raises CommandError if it is in use."""
         node = self.find_node(name)

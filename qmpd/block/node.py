@@ -182,8 +182,12 @@ class BlockNode:
         """
         return (Extent(offset, length, data=True, zero=False),)
 
-    async def truncate(self, size: int, *, exact: bool = True) -> None:
-        """Change the size in bytes. Raises OSError(ENOTSUP) or CommandError."""
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """Change the size in bytes. Raises OSError(ENOTSUP) or CommandError.
+
+        exact          False: a larger size will do (block devices)
+        preallocation  PreallocMode for what is added
+        """
         raise OSError(errno.ENOTSUP, "this driver cannot resize")
 
     def drained_begin(self) -> None:

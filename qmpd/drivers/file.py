@@ -209,9 +209,14 @@ class FileNode(BlockNode):
         found = await self.disk.extents(offset, length)
         return [Extent(at, size, data=data, zero=not data, host=at, file=self) for at, size, data in found]
 
-    async def truncate(self, size: int, *, exact: bool = True) -> None:
-        """Set the length of the file."""
-        await self.disk.truncate(size)
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """Set the length of the file. Raises CommandError."""
+        if preallocation == "metadata":
+            raise CommandError("Unsupported preallocation mode: metadata")
+        try:
+            await self.disk.truncate(size, preallocation)
+        except OSError as error:
+            raise CommandError(f"Could not resize file: {os.strerror(error.errno or errno.EIO)}") from error
         self.size = align_up(size, SECTOR)
 
     # --- descriptions -----------------------------------------------------------------------------
@@ -250,7 +255,7 @@ class HostDeviceNode(FileNode):
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
             raise CommandError(f"'host_device' driver requires '{self.path}' to be either a character or block device")
 
-    async def truncate(self, size: int, *, exact: bool = True) -> None:
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """A device has the size it has; asking for less is granted when it need not be exact."""
         if exact and size != self.size:
             raise CommandError("Cannot resize device files")

@@ -13,18 +13,16 @@ import struct
 from dataclasses import dataclass
 
 from qmpd.aio import locks
-from qmpd.aio.disk import open_fd
+from qmpd.aio.disk import open_fd, set_size
 from qmpd.aio.pool import in_disk_thread
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
 from qmpd.qapi.registry import creator
-from qmpd.units import MiB
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
-_zeroes = bytes(1 * MiB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +71,9 @@ def _fill(fd: int, options: FileCreateOptions) -> None:
         with contextlib.suppress(OSError):
             flags = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
             fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
+    if options.preallocation == "metadata":
+        raise CommandError("Unsupported preallocation mode: metadata")
     try:
-        if options.size >= 1 << 63:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         set_size(fd, 0, options.size, options.preallocation)
     except OSError as error:
         raise CommandError(f"Could not resize file: {os.strerror(error.errno or errno.EIO)}") from error
-
-
-def set_size(fd: int, current: int, size: int, preallocation: str) -> None:
-    """Grow a file from `current` to `size` bytes; blocks. Raises OSError or CommandError."""
-    if preallocation == "metadata":
-        raise CommandError("Unsupported preallocation mode: metadata")
-    if preallocation == "falloc" and size > current:
-        os.posix_fallocate(fd, current, size - current)
-    elif preallocation == "full":
-        at = current
-        while at < size:
-            at += os.pwrite(fd, _zeroes[: size - at] if size - at < len(_zeroes) else _zeroes, at)
-        os.fsync(fd)
-    else:
-        os.ftruncate(fd, size)

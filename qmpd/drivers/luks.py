@@ -148,11 +148,12 @@ class LuksNode(BlockNode):
         """Flush the payload; the header is not written to."""
         await self.file.flush()
 
-    async def truncate(self, size: int, *, exact: bool = True) -> None:
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Resize the payload."""
         if size > (1 << 63) - 1 - self.volume.payload_offset:
             raise OSError(errno.EFBIG, "The requested file size is too large")
-        await self.file.node.truncate(size + self.volume.payload_offset, exact=exact)
+        lower = size + self.volume.payload_offset
+        await self.file.node.truncate(lower, exact=exact, preallocation=preallocation)
         self._refresh_size()
 
     # --- permissions ------------------------------------------------------------------------------

@@ -112,11 +112,11 @@ class RawNode(BlockNode):
         below = self.file.node.image_info()
         return {name: below[name] for name in ("cluster-size", "dirty-flag") if name in below}
 
-    async def truncate(self, size: int, *, exact: bool = True) -> None:
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Resize the child; a window of fixed size stays as it is."""
         if self.window is not None:
             raise CommandError("Cannot resize fixed-size raw disks")
         if size + self.start >= 1 << 63:
             raise OSError(errno.EINVAL, "Disk size too large for the chosen offset")
-        await self.file.node.truncate(size + self.start, exact=exact)
+        await self.file.node.truncate(size + self.start, exact=exact, preallocation=preallocation)
         self.size = size
