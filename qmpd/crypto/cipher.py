@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.decrepit.ciphers.algorithms import Camellia
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from qmpd.crypto.ivgen import IvKind, essiv_key, kind_of, plain_iv
@@ -236,8 +235,19 @@ class CompiledCipher:
                 self._ffi.release(idle.pop())
 
 
+def _algorithm(cipher: str, key: bytes) -> Any:
+    if cipher == "aes":
+        return algorithms.AES(key)
+    for place in ("decrepit.ciphers.algorithms", "primitives.ciphers.algorithms"):  # it moved in version 46
+        try:
+            return importlib.import_module(f"cryptography.hazmat.{place}").Camellia(key)
+        except (ImportError, AttributeError):
+            continue
+    raise UnsupportedAlgorithm(f"this `cryptography` has no {cipher}")
+
+
 def _reference_context(cipher: str, mode: str, key: Buffer, iv: bytes) -> Cipher[Any]:
-    algorithm = {"aes": algorithms.AES, "camellia": Camellia}[cipher](bytes(key))
+    algorithm = _algorithm(cipher, bytes(key))
     made: modes.Mode
     if mode == "xts":
         made = modes.XTS(iv)

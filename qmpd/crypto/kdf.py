@@ -5,8 +5,10 @@ Every function here takes long on purpose and runs without the interpreter's loc
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import os
 import time
 
 from qmpd.crypto.hashes import digest_size
@@ -20,6 +22,8 @@ MAX_ARGON2_MEMORY_KIB = 4 * 1024 * 1024
 MAX_ARGON2_TIME = 1000
 MAX_ARGON2_PARALLEL = 4
 """Limits of LUKS2's argon2 parameters: cryptsetup's own maxima (4 GiB, 4 threads), and passes beyond use."""
+
+_MAX_U32 = (1 << 32) - 1
 
 DEFAULT_ITER_TIME_MS = 2000
 MIN_ITERATIONS = 1000
@@ -68,6 +72,9 @@ def iterations_for(hash_name: str, length: int, milliseconds: int) -> int:
     Raises CommandError when that is more than a header can hold or an opener would accept.
     """
     iterations = pbkdf2_rate(hash_name, length) * milliseconds // 1000
+    if iterations > _MAX_U32:
+        text = os.strerror(errno.ERANGE)
+        raise CommandError(f"PBKDF iterations {iterations} larger than {_MAX_U32}: {text}")
     if iterations > MAX_PBKDF2_ITERATIONS:
         raise CommandError(f"PBKDF iterations {iterations} larger than {MAX_PBKDF2_ITERATIONS}")
     return max(iterations, MIN_ITERATIONS)

@@ -189,10 +189,10 @@ def _check_slot(index: int, slot: Keyslot) -> None:
         raise CommandError(f"Keyslot {index} is corrupted (stripes {signed} != {STRIPES})")
     if slot.active not in (ENABLED, DISABLED):
         raise CommandError(f"Keyslot {index} state (active/disable) is corrupted")
-    if slot.material_sector < ALIGNMENT // SECTOR:
-        raise CommandError(f"Keyslot {index} is overlapping with the LUKS header")
     if slot.enabled and slot.iterations == 0:
         raise CommandError(f"Keyslot {index} iteration count is zero")
+    if slot.material_sector < ALIGNMENT // SECTOR:
+        raise CommandError(f"Keyslot {index} is overlapping with the LUKS header")
 
 
 def _parse_names(phdr: Phdr) -> tuple[CipherSpec, str]:

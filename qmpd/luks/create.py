@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from qmpd.crypto import af
 from qmpd.crypto.block import BlockCrypto
-from qmpd.crypto.cipher import KEY_BITS, CipherSpec, check_spec
+from qmpd.crypto.cipher import KEY_BITS, MODES, CipherSpec, check_spec, supported
 from qmpd.crypto.hashes import digest_size
 from qmpd.crypto.kdf import DEFAULT_ITER_TIME_MS, MIN_ITERATIONS, iterations_for, pbkdf2
 from qmpd.crypto.secretbytes import SecretBytes
@@ -54,7 +54,8 @@ class Luks1Options:
         mode = self.cipher_mode or "xts"
         iv = self.ivgen_alg or "plain64"
         cipher, _, bits = alg.rpartition("-")
-        if cipher not in KEY_BITS or not bits.isdigit():
+        known = cipher in KEY_BITS and bits.isdigit() and int(bits) in KEY_BITS[cipher]
+        if not known or (mode in MODES and not supported(cipher, mode, int(bits))):
             raise CommandError(f"Algorithm '{alg}' not supported")
         iv_hash = self.ivgen_hash_alg or ("sha256" if iv == "essiv" else None)
         spec = CipherSpec(cipher, mode, iv, iv_hash, int(bits) // 8 * (2 if mode == "xts" else 1))
@@ -126,8 +127,6 @@ def _iterations(options: Luks1Options, hash_name: str, length: int) -> int:
     if options.iterations is not None:
         return max(options.iterations, MIN_ITERATIONS)
     milliseconds = DEFAULT_ITER_TIME_MS if options.iter_time is None else options.iter_time
-    if milliseconds <= 0:
-        raise CommandError("iter-time must be greater than zero")
     return iterations_for(hash_name, length, milliseconds)
 
 
