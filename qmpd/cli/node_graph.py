@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qmpd.cli.client import Client
+
 
 @dataclass(frozen=True, slots=True)
 class Vertex:
@@ -86,3 +88,9 @@ class NodeGraph:
             for edge in self.edges:
                 ranks[edge.child] = max(ranks[edge.child], ranks[edge.parent] + 1)
         return ranks
+
+
+async def read_graph(client: Client) -> NodeGraph:
+    """Ask a server for its graph."""
+    nodes = await client.execute("query-named-block-nodes", flat=True)
+    return NodeGraph.from_replies(await client.execute("x-debug-query-block-graph"), nodes)

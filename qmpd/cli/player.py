@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,25 +28,31 @@ class Player:
     """Plays steps on one session.
 
     fix       offer the correction of a known slip
+    ask       before a correction is sent; without, it is sent at once
     stepwise  wait for the Enter key before each step
+    failed    steps that failed and were not put right    corrected  those that were
     """
 
-    def __init__(self, client: Client, show: Show = print, *, fix: bool = False, stepwise: bool = False) -> None:
-        self._client, self._show, self._fix, self._stepwise = client, show, fix, stepwise
-        self.sent = self.failed = self.corrected = 0
+    def __init__(
+        self, client: Client, show: Show = print, *, fix: bool = False, ask: bool = True, stepwise: bool = False
+    ) -> None:
+        self._client, self._show, self._fix, self._ask, self._stepwise = client, show, fix, ask, stepwise
+        self.failed = self.corrected = 0
 
     async def play(self, steps: Iterable[Step]) -> None:
         """Play the steps in order; a failed one does not stop those after it."""
         steps = list(steps)
         for number, step in enumerate(steps, 1):
-            title = f": {step.title}" if step.title else ""
-            self._show(f"Step {number} of {len(steps)}, line {step.line}{title}")
-            if self._stepwise and not await self._agreed("  Enter sends it, n leaves it out: "):
-                continue
-            await self.play_one(step)
+            if self._stepwise:
+                question = f"Step {number} is {step.name}: Enter sends it, n leaves it out. "
+                if not await self._agreed(question):
+                    continue
+            await self.play_one(step, number, len(steps))
 
-    async def play_one(self, step: Step) -> dict[str, Any]:
-        """Send one step, its correction too if one is wanted and known, and return the last reply."""
+    async def play_one(self, step: Step, number: int, count: int) -> dict[str, Any]:
+        """Send step `number` of `count`, its correction too if one is wanted and known; returns the last reply."""
+        title = f": {step.title}" if step.title else ""
+        self._show(f"Step {number} of {count}, line {step.line}{title}")
         reply = await self._send(step)
         if "error" not in reply:
             return reply
@@ -60,7 +65,7 @@ class Player:
         self._show(f"     {slip.text}")
         if slip.step is None:
             return reply
-        if sys.stdin.isatty() and not await self._agreed(f"     Send {shown(slip.step.message)} instead? [Y/n] "):
+        if self._ask and not await self._agreed(f"     Send {shown(slip.step.message)} instead? [Y/n] "):
             return reply
         reply = await self._send(slip.step)
         if "error" not in reply:
@@ -70,7 +75,6 @@ class Player:
 
     async def _send(self, step: Step) -> dict[str, Any]:
         self._show(f"  -> {shown(step.message)}")
-        self.sent += 1
         reply = await self._client.reply(step.message)
         if "error" in reply:
             self._show(f"  <- {reply['error']['class']}: {reply['error']['desc']}")

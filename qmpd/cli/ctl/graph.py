@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from qmpd.cli.client import Client, add_socket_option, connected
+from qmpd.cli.client import add_socket_option, connected
 from qmpd.cli.draw import dot, mermaid, tree
 from qmpd.cli.draw_svg import svg
-from qmpd.cli.node_graph import NodeGraph
+from qmpd.cli.node_graph import read_graph
 from qmpd.cli.subcommand import subcommand
 
 FORMATS = {"tree": tree, "dot": dot, "mermaid": mermaid, "svg": svg}
-
-
-async def read_graph(client: Client) -> NodeGraph:
-    """Ask a server for its graph."""
-    nodes = await client.execute("query-named-block-nodes", flat=True)
-    return NodeGraph.from_replies(await client.execute("x-debug-query-block-graph"), nodes)
 
 
 @subcommand("graph", help="draw the live node graph")

@@ -50,7 +50,7 @@ class Replay:
         text = sys.stdin.read() if str(args.file) == "-" else args.file.read_text()
         steps = [step.with_values(args.replacements) for step in read_steps(text)]
         async with connected(args.socket) as client:
-            player = Player(client, fix=args.fix, stepwise=args.step)
+            player = Player(client, fix=args.fix, ask=sys.stdin.isatty(), stepwise=args.step)
             await player.play(steps)
         print(f"{len(steps)} steps, {player.corrected} corrected, {player.failed} failed")
         return 1 if player.failed else 0

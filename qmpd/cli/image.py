@@ -1,0 +1,93 @@
+"""Makes images with the daemon's own code, in this process: a graph of its own, on one loop, without a monitor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from qmpd.block.backend import BlockBackend
+from qmpd.block.graph import Graph
+from qmpd.block.perm import Perm
+from qmpd.errors import CommandError
+from qmpd.events import EventBus
+from qmpd.qapi import schema as schemas
+from qmpd.qapi.bind import build
+from qmpd.qapi.registry import discover
+from qmpd.qapi.visit import validate
+from qmpd.qom.tree import ObjectTree
+
+SCHEMA = "storage-daemon.json"
+PROTOCOL_NODE = "image"
+
+
+class Workshop:
+    """The graph and the objects of one tool run."""
+
+    def __init__(self) -> None:
+        registry = discover()
+        self.schema = schemas.load(SCHEMA)
+        self.objects = ObjectTree(registry)
+        self.graph = Graph(self.objects, EventBus(), registry=registry)
+
+    def add_object(self, members: Mapping[str, Any]) -> None:
+        """Add an object, its values given as text. Raises ValidationError or CommandError."""
+        self.objects.create(validate(self.schema, "ObjectOptions", dict(members), keyval=True))
+
+    async def run_creator(self, options: Mapping[str, Any]) -> None:
+        """Do what blockdev-create does with `options`, given as text. Raises ValidationError or CommandError."""
+        members = dict(validate(self.schema, "BlockdevCreateOptions", dict(options), keyval=True))
+        entry = self.graph.registry.creators.get(members.pop("driver"))
+        if entry is None:
+            raise CommandError(f"Format driver '{options['driver']}' does not support image creation")
+        assert entry.options is not None
+        await entry.cls(self.graph).create(build(entry.options, members))
+
+    async def read(self, tree: Mapping[str, Any], offset: int, length: int) -> bytes:
+        """Open the nodes of a BlockdevOptions tree and return `length` bytes from `offset` of the top one."""
+        node = await self.graph.blockdev_add(validate(self.schema, "BlockdevOptions", dict(tree)))
+        backend = BlockBackend(self.graph, lambda: "qmpd-img", Perm.CONSISTENT_READ, Perm.ALL)
+        backend.insert(node)
+        try:
+            return bytes(await backend.pread(offset, length))
+        finally:
+            await backend.remove()
+
+
+@contextlib.asynccontextmanager
+async def workshop() -> AsyncIterator[Workshop]:
+    """Make a workshop and close everything it holds at the end."""
+    shop = Workshop()
+    try:
+        yield shop
+    finally:
+        await shop.graph.close_all()
+        shop.objects.close()
+
+
+async def create_image(
+    filename: str,
+    image_format: str,
+    options: Mapping[str, Any],
+    *,
+    size: str | None = None,
+    header_only: bool = False,
+    objects: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Make a file and an image of `image_format` in it; a file that is there already is emptied.
+
+    options      members of the format's branch of BlockdevCreateOptions, as text
+    size         of the disk, as text ("10G")
+    header_only  luks: the file becomes a detached header, and the payload is elsewhere
+    objects      made first: secrets that the options name
+    """
+    async with workshop() as shop:
+        for members in objects:
+            shop.add_object(members)
+        if image_format == "raw":
+            await shop.run_creator({"driver": "file", "filename": filename, "size": size, **options})
+            return
+        await shop.run_creator({"driver": "file", "filename": filename, "size": "0"})
+        await shop.graph.blockdev_add({"driver": "file", "node-name": PROTOCOL_NODE, "filename": filename})
+        where = "header" if header_only else "file"
+        await shop.run_creator({"driver": image_format, where: PROTOCOL_NODE, "size": size or "0", **options})
