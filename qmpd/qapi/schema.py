@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,98 +95,133 @@ def schema_directory() -> Path:
 
 
 _loaded: dict[str, Schema] = {}
+_files: dict[Path, _File] = {}
 
 
 def load(root: str) -> Schema:
     """Return the schema of `root` (SYSTEM_ROOT or STORAGE_DAEMON_ROOT), read once per process.
 
-    Raises SchemaError, whose text begins with the file and the line.
+    What two roots share is read once and is the same object in both. Raises SchemaError, whose text
+    begins with the file and the line.
     """
     if root not in _loaded:
-        _loaded[root] = load_file(schema_directory() / root)
+        _loaded[root] = load_file(schema_directory() / root, _files)
     return _loaded[root]
 
 
-def load_file(path: Path) -> Schema:
-    """Read a root file and what it includes. Raises SchemaError, also for a missing file."""
+def load_file(path: Path, files: dict[Path, _File] | None = None) -> Schema:
+    """Read a root file and what it includes. Raises SchemaError, also for a missing file.
+
+    files  files read before, added to
+    """
     schema = Schema(path.name)
-    _Loader(schema).include(path, None)
+    _Loader(schema, {} if files is None else files).include(path, None)
     _check_references(schema)
     return schema
+
+
+@dataclass(slots=True)
+class _File:
+    """One file as read: its own entities, and the includes between them, in order."""
+
+    module: Module
+    items: list[Entity | tuple[Path, str]] = field(default_factory=list)
 
 
 class _Loader:
     """Adds files to a schema, each once, in the order of their includes."""
 
-    def __init__(self, schema: Schema) -> None:
-        self.schema = schema
+    def __init__(self, schema: Schema, files: dict[Path, _File]) -> None:
+        self.schema, self.files = schema, files
         self.seen: set[Path] = set()
         self.entities: dict[str, Entity] = {}
 
     def include(self, path: Path, wanted_at: str | None) -> None:
+        """Add the file at `path`, unless it has been; `wanted_at` is the place of the include."""
         path = path.resolve()
         if path in self.seen:
             return
         self.seen.add(path)
+        file = self.files.get(path)
+        if file is None:
+            file = self.files[path] = _read(path, wanted_at)
+        self.schema.modules.append(file.module)
+        for item in file.items:
+            if isinstance(item, tuple):
+                self.include(*item)
+            else:
+                self._add(item)
+
+    def _add(self, entity: Entity) -> None:
+        if (first := self.entities.setdefault(entity.name, entity)) is not entity:
+            raise SchemaError(f"{entity.place}: '{entity.name}' is already defined {first.place}")
+        if isinstance(entity, Command):
+            self.schema.commands[entity.name] = entity
+        elif isinstance(entity, Event):
+            self.schema.events[entity.name] = entity
+        else:
+            assert isinstance(entity, SchemaType)
+            self.schema.types[entity.name] = entity
+
+
+def _read(path: Path, wanted_at: str | None) -> _File:
+    """Return what a file says. Raises SchemaError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SchemaError(f"{wanted_at or path}: cannot read '{path.name}': {error.strerror}") from error
+    module = Module(f"{path.parent.name}/{path.name}", text)
+    file = _File(module)
+    docs: list[tuple[int, int]] = []
+
+    def blank(match: re.Match[str]) -> str:
+        if match.group(1) is not None:
+            docs.append(match.span(1))
+        return " " * len(match.group())
+
+    code = _COMMENT.sub(blank, text)
+    for stray in '"\\':
+        if stray in code:
+            raise SchemaError(f"{module.path}:{module.line(code.index(stray))}: stray '{stray}'")
+    code = code.replace("'", '"')
+    position, doc_index = 0, 0
+    while (position := _SPACE.match(code, position).end()) < len(code):  # type: ignore[union-attr]
+        doc = None
+        while doc_index < len(docs) and docs[doc_index][0] < position:
+            doc = docs[doc_index]
+            doc_index += 1
         try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise SchemaError(f"{wanted_at or path}: cannot read '{path.name}': {error.strerror}") from error
-        module = Module(f"{path.parent.name}/{path.name}", text)
-        self.schema.modules.append(module)
-        docs: list[tuple[int, int]] = []
+            expression, end = _DECODER.raw_decode(code, position)
+        except _DuplicateKey as error:
+            raise SchemaError(f"{module.path}:{module.line(position)}: duplicate key '{error}'") from error
+        except json.JSONDecodeError as error:
+            raise SchemaError(f"{module.path}:{module.line(error.pos)}: {error.msg}") from error
+        file.items += _items(expression, module, position, end, doc, path)
+        position = end
+    return file
 
-        def blank(match: re.Match[str]) -> str:
-            if match.group(1) is not None:
-                docs.append(match.span(1))
-            return " " * len(match.group())
 
-        code = _COMMENT.sub(blank, text)
-        for stray in '"\\':
-            if stray in code:
-                raise SchemaError(f"{module.path}:{module.line(code.index(stray))}: stray '{stray}'")
-        code = code.replace("'", '"')
-        decoder = json.JSONDecoder(object_pairs_hook=_object)
-        position, doc_index, end = 0, 0, 0
-        while True:
-            position = _SPACE.match(code, position).end()  # type: ignore[union-attr]
-            if position == len(code):
-                return
-            doc = None
-            while doc_index < len(docs) and docs[doc_index][0] < position:
-                doc = docs[doc_index]
-                doc_index += 1
-            try:
-                expression, end = decoder.raw_decode(code, position)
-            except _DuplicateKey as error:
-                raise SchemaError(f"{module.path}:{module.line(position)}: duplicate key '{error}'") from error
-            except json.JSONDecodeError as error:
-                raise SchemaError(f"{module.path}:{module.line(error.pos)}: {error.msg}") from error
-            self._add(expression, module, position, end, doc, path)
-            position = end
-
-    def _add(
-        self, expression: Any, module: Module, start: int, end: int, doc: tuple[int, int] | None, path: Path
-    ) -> None:
-        where = f"{module.path}:{module.line(start)}"
-        kinds = [kind for kind in _KEYS if isinstance(expression, dict) and kind in expression]
-        if len(kinds) != 1:
-            raise SchemaError(f"{where}: expected an object with one of {', '.join(_KEYS)}")
-        kind = kinds[0]
-        if unknown := expression.keys() - _KEYS[kind]:
-            raise SchemaError(f"{where}: {kind} has unknown key '{sorted(unknown)[0]}'")
-        name = expression[kind]
-        if not isinstance(name, str):
-            raise SchemaError(f"{where}: '{kind}' must be a string")
-        if kind == "include":
-            self.include(path.parent / name, where)
-            return
-        if name in self.entities or name in BUILTIN_JSON_TYPES:
-            first = self.entities[name].place if name in self.entities else "as a builtin type"
-            raise SchemaError(f"{where}: '{name}' is already defined {first}")
-        builder = _Builder(self.schema, name, expression, where, module, start, end, doc)
-        entity = builder.build(kind)
-        self.entities[name] = entity
+def _items(
+    expression: Any, module: Module, start: int, end: int, doc: tuple[int, int] | None, path: Path
+) -> list[Entity | tuple[Path, str]]:
+    """Return the entities of one expression, or the path of an include with its place."""
+    where = f"{module.path}:{module.line(start)}"
+    kinds = [kind for kind in _KEYS if isinstance(expression, dict) and kind in expression]
+    if len(kinds) != 1:
+        raise SchemaError(f"{where}: expected an object with one of {', '.join(_KEYS)}")
+    kind = kinds[0]
+    if unknown := expression.keys() - _KEYS[kind]:
+        raise SchemaError(f"{where}: {kind} has unknown key '{sorted(unknown)[0]}'")
+    name = expression[kind]
+    if not isinstance(name, str):
+        raise SchemaError(f"{where}: '{kind}' must be a string")
+    if kind == "include":
+        return [(path.parent / name, where)]
+    if name in BUILTIN_JSON_TYPES:
+        raise SchemaError(f"{where}: '{name}' is a builtin type")
+    builder = _Builder(name, expression, where, module, start, end, doc)
+    entity = builder.build(kind)
+    return [*builder.implicit, entity]
 
 
 class _DuplicateKey(Exception):
@@ -201,11 +237,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Builder:
-    """Makes one entity of one expression."""
+    """Makes one entity of one expression; `implicit` holds the types that stand inside it."""
 
     def __init__(
         self,
-        schema: Schema,
         name: str,
         expression: dict[str, Any],
         where: str,
@@ -214,37 +249,32 @@ class _Builder:
         end: int,
         doc: tuple[int, int] | None,
     ) -> None:
-        self.schema, self.name, self.expression, self.where = schema, name, expression, where
+        self.name, self.expression, self.where = name, expression, where
+        self.implicit: list[ObjectType] = []
         self.common = (module, start, end, doc)
         self.features = self._features(expression.get("features"))
 
     def build(self, kind: str) -> Entity:
-        """Return the entity, entered in its table of the schema."""
+        """Return the entity."""
         if kind == "command":
             return self._command()
         if kind == "event":
-            event = Event(self.name, *self.common, self.features, self._arguments(), self._flag("boxed", False))
-            self.schema.events[self.name] = event
-            return event
-        made: SchemaType
+            return Event(self.name, *self.common, self.features, self._arguments(), self._flag("boxed", False))
         if kind == "enum":
             values = tuple(self._enum_value(value) for value in self._data(list))
             if len({value.name for value in values}) != len(values):
                 raise SchemaError(f"{self.where}: enum '{self.name}' has a value twice")
-            made = EnumType(self.name, *self.common, self.features, values)
-        elif kind == "struct":
-            made = self._object_type(self.name, self._data(dict), self.expression.get("base"), self.features)
-        elif kind == "union":
-            made = self._union()
-        else:
-            branches = {key: self._type(key, value) for key, value in self._data(dict).items()}
-            made = AlternateType(self.name, *self.common, self.features, branches)
-        self.schema.types[self.name] = made
-        return made
+            return EnumType(self.name, *self.common, self.features, values)
+        if kind == "struct":
+            return self._object_type(self.name, self._data(dict), self.expression.get("base"), self.features)
+        if kind == "union":
+            return self._union()
+        branches = {key: self._type(key, value) for key, value in self._data(dict).items()}
+        return AlternateType(self.name, *self.common, self.features, branches)
 
     def _command(self) -> Command:
         returns = self.expression.get("returns")
-        command = Command(
+        return Command(
             self.name,
             *self.common,
             self.features,
@@ -257,8 +287,6 @@ class _Builder:
             coroutine=self._flag("coroutine", False),
             success_response=self._flag("success-response", True),
         )
-        self.schema.commands[self.name] = command
-        return command
 
     def _union(self) -> ObjectType:
         base, tag = self.expression.get("base"), self.expression.get("discriminator")
@@ -266,7 +294,7 @@ class _Builder:
             raise SchemaError(f"{self.where}: union '{self.name}' needs 'base' and 'discriminator'")
         if isinstance(base, dict):
             implicit = self._object_type(f"q_obj_{self.name}-base", base, None, (), implicit=True)
-            self.schema.types[implicit.name] = implicit
+            self.implicit.append(implicit)
             base = implicit.name
         branches = {key: self._type(key, value) for key, value in self._data(dict).items()}
         made = self._object_type(self.name, {}, base, self.features)
@@ -282,7 +310,7 @@ class _Builder:
         if not data:
             return None
         made = self._object_type(f"q_obj_{self.name}-arg", data, None, (), implicit=True)
-        self.schema.types[made.name] = made
+        self.implicit.append(made)
         return made.name
 
     def _object_type(
@@ -338,6 +366,9 @@ class _Builder:
         if isinstance(value, dict) and value.keys() <= {"name", "features"} and isinstance(value.get("name"), str):
             return EnumValue(value["name"], self._features(value.get("features")))
         raise SchemaError(f"{self.where}: a value of enum '{self.name}' must be a string")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _check_references(schema: Schema) -> None:
