@@ -7,8 +7,9 @@ it looks the object up by its id and checks with `isinstance`.
 from __future__ import annotations
 
 import ssl
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from qmpd.aio.loop import DataLoop
 from qmpd.crypto.secretbytes import SecretBytes
 
 
@@ -63,3 +64,15 @@ class Throttler(Protocol):
 
     def leave(self, member: ThrottleMember) -> None:
         """Take a member out."""
+
+
+@runtime_checkable
+class DataThread(Protocol):
+    """A thread with an event loop that others may run on (`iothread`)."""
+
+    @property
+    def data_loop(self) -> DataLoop:
+        """Return its loop."""
+
+    def wire_info(self) -> dict[str, Any]:
+        """Return the row of query-iothreads (wire names)."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, device_not_found
+from qmpd.qapi.bind import build
 from qmpd.qapi.registry import ClassEntry, Registry, registry
 from qmpd.qom.object import Container, QomObject
 from qmpd.qom.protocols import SecretSource, TlsCredentials
@@ -68,8 +69,6 @@ class ObjectTree:
         Order of checks, as the reference: form of the id, type, values of the options, id taken,
         what the object itself requires. Raises CommandError or ValidationError.
         """
-        from qmpd.qapi.bind import build
-
         own = dict(members)
         name, object_id = str(own.pop("qom-type")), str(own.pop("id"))
         if not id_well_formed(object_id):
@@ -77,13 +76,14 @@ class ObjectTree:
         entry = self._registry.qom_types.get(name)
         if entry is None:
             raise CommandError(f"invalid object type: {name}")
-        obj = self._new(entry, build(entry.options, own))
+        obj = self._new(entry, own)
         self.add(object_id, obj)
         return obj
 
     @staticmethod
-    def _new(entry: ClassEntry, options: Any) -> QomObject:
-        obj = entry.cls(options)
+    def _new(entry: ClassEntry, members: Mapping[str, Any]) -> QomObject:
+        assert entry.options is not None, f"{entry.name} has no options class"
+        obj = entry.cls(build(entry.options, members))
         assert isinstance(obj, QomObject), f"{entry.name} is not a QOM object"
         return obj
 

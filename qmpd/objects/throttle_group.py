@@ -1,0 +1,194 @@
+"""throttle-group: limits that several throttled users share.
+
+Options: ThrottleGroupProperties (qapi/qom.json). Checks and texts as the reference's throttle core.
+The object keeps limits and members; delaying requests is the members' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qmpd.errors import CommandError, ValidationError
+from qmpd.qapi.registry import qom_type
+from qmpd.qom import values
+from qmpd.qom.object import Property, QomObject
+from qmpd.qom.protocols import ThrottleMember
+from qmpd.qom.tree import ObjectTree
+
+_RATE_MAX = 10**15
+"""Bytes or requests a second that a limit may be at most."""
+_LENGTH_MAX = (1 << 32) - 1
+"""Seconds that a burst may last at most."""
+_U64 = 1 << 64
+
+BUCKETS = ("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write")
+"""The limits in the order in which they are checked."""
+LIMITS = (
+    *(f"{bucket}{suffix}" for bucket in reversed(BUCKETS) for suffix in ("", "-max", "-max-length")),
+    "iops-size",
+)
+"""Members of ThrottleLimits: rates a second, burst lengths in seconds, iops-size in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleGroupOptions:
+    """Members of ThrottleGroupProperties; `limits` holds wire names."""
+
+    limits: dict[str, Any] | None = None
+    x_iops_total: int | None = None
+    x_iops_total_max: int | None = None
+    x_iops_total_max_length: int | None = None
+    x_iops_read: int | None = None
+    x_iops_read_max: int | None = None
+    x_iops_read_max_length: int | None = None
+    x_iops_write: int | None = None
+    x_iops_write_max: int | None = None
+    x_iops_write_max_length: int | None = None
+    x_bps_total: int | None = None
+    x_bps_total_max: int | None = None
+    x_bps_total_max_length: int | None = None
+    x_bps_read: int | None = None
+    x_bps_read_max: int | None = None
+    x_bps_read_max_length: int | None = None
+    x_bps_write: int | None = None
+    x_bps_write_max: int | None = None
+    x_bps_write_max_length: int | None = None
+    x_iops_size: int | None = None
+
+
+def no_limits() -> dict[str, int]:
+    """Return the limits of a group that limits nothing."""
+    return {name: 1 if name.endswith("-length") else 0 for name in LIMITS}
+
+
+def merge(old: Mapping[str, int], new: Mapping[str, int]) -> dict[str, int]:
+    """Return `old` with the members of `new`, checked; negative numbers wrap as in the reference.
+
+    Raises CommandError.
+    """
+    merged = dict(old)
+    for suffix in ("", "-max", "-max-length"):
+        for bucket in BUCKETS:
+            name = bucket + suffix
+            if name not in new:
+                continue
+            if suffix == "-max-length" and new[name] > _LENGTH_MAX:
+                raise CommandError(f"{name} value must be in the range [0, {_LENGTH_MAX}]")
+            merged[name] = new[name] % _U64
+    if "iops-size" in new:
+        merged["iops-size"] = new["iops-size"] % _U64
+    check(merged)
+    return merged
+
+
+def check(limits: Mapping[str, int]) -> None:
+    """Raise CommandError if the limits contradict each other."""
+    for suffix in ("", "-max"):
+        for kind in ("bps", "iops"):
+            total, read, write = (limits[f"{kind}-{what}{suffix}"] for what in ("total", "read", "write"))
+            if total and (read or write):
+                raise CommandError("bps/iops/max total values and read/write values cannot be used at the same time")
+    if limits["iops-size"] and not any(limits[f"iops-{what}"] for what in ("total", "read", "write")):
+        raise CommandError("iops size requires an iops value to be set")
+    for bucket in BUCKETS:
+        _check_bucket(limits[bucket], limits[f"{bucket}-max"], limits[f"{bucket}-max-length"])
+
+
+def _check_bucket(rate: int, burst: int, length: int) -> None:
+    if rate > _RATE_MAX or burst > _RATE_MAX:
+        raise CommandError(f"bps/iops/max values must be within [0, {_RATE_MAX}]")
+    if length == 0:
+        raise CommandError("the burst length cannot be 0")
+    if length > 1 and burst == 0:
+        raise CommandError("burst length set without burst rate")
+    if burst and length > _RATE_MAX // burst:
+        raise CommandError("burst length too high for this burst rate")
+    if burst and not rate:
+        raise CommandError("bps_max/iops_max require corresponding bps/iops values")
+    if burst and burst < rate:
+        raise CommandError("bps_max/iops_max cannot be lower than bps/iops")
+
+
+def _set_limits(self: ThrottleGroup, value: Any) -> None:
+    given = values.struct("limits", value)
+    numbers = {name: values.integer(f"limits.{name}", given[name]) for name in LIMITS if name in given}
+    for name in given:
+        if name not in numbers:
+            raise ValidationError(f"Parameter 'limits.{name}' is unexpected")
+    self.change(numbers)
+
+
+def _legacy(name: str) -> Property:
+    """Return the property `x-NAME`, which can be set on creation only."""
+
+    def get(self: ThrottleGroup) -> int:
+        return self.limits[name]
+
+    def set_(self: ThrottleGroup, value: Any) -> None:
+        raise CommandError("Property cannot be set after initialization")
+
+    return Property(f"x-{name}", "int", get, set_)
+
+
+@qom_type("throttle-group", schema="ThrottleGroupProperties", options=ThrottleGroupOptions)
+class ThrottleGroup(QomObject):
+    """A group of throttled members (Throttler).
+
+    limits  all members of ThrottleLimits by wire name
+    """
+
+    qom_type = "throttle-group"
+    abstract = False
+    interfaces = ("user-creatable",)
+    qom_properties = (
+        Property("limits", "ThrottleLimits", get=lambda self: self.wire_limits(), set=_set_limits),
+        *(_legacy(name) for name in LIMITS),
+    )
+
+    def __init__(self, options: ThrottleGroupOptions) -> None:
+        super().__init__()
+        self.limits = no_limits()
+        self._members: list[ThrottleMember] = []
+        for one in fields(options):
+            name, value = one.name.replace("_", "-"), getattr(options, one.name)
+            if name != "limits" and value is not None:
+                self.limits[name.removeprefix("x-")] = _check_legacy(name, value)
+        if options.limits is not None:
+            self.limits = merge(self.limits, options.limits)
+
+    def complete(self, objects: ObjectTree) -> None:
+        """Check what the single properties set together."""
+        check(self.limits)
+
+    def change(self, limits: Mapping[str, int]) -> None:
+        """Change some limits, or none. Raises CommandError."""
+        self.limits = merge(self.limits, limits)
+        for member in list(self._members):
+            member.limits_changed()
+
+    def wire_limits(self) -> dict[str, int]:
+        """Return ThrottleLimits."""
+        return dict(self.limits)
+
+    def join(self, member: ThrottleMember) -> None:
+        """Add a member; the group cannot be deleted while it has any."""
+        self._members.append(member)
+
+    def leave(self, member: ThrottleMember) -> None:
+        """Take a member out."""
+        self._members.remove(member)
+
+    def in_use(self) -> bool:
+        """Say whether there are members."""
+        return bool(self._members)
+
+
+def _check_legacy(name: str, value: int) -> int:
+    if value < 0:
+        raise CommandError("Property values cannot be negative")
+    if name.endswith("-max-length") and value > _LENGTH_MAX:
+        # The two words run together in the reference's text, too.
+        raise CommandError(f"{name} value must be in therange [0, {_LENGTH_MAX}]")
+    return value
