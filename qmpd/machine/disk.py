@@ -29,6 +29,7 @@ class DiskDevice(Device):
 
     removable     the medium may change                tray_open  (removable) the tray is out
     write_cache   writes may stay in caches until a flush
+    medium_was_read_only  so was the last medium that was taken out; true before the first
     max_geometry  largest cylinders, heads and sectors, None: the device has no geometry
     default_granularity  discard granularity, in bytes, where none was given; None keeps it open
     """
@@ -43,6 +44,7 @@ class DiskDevice(Device):
         self.backend: BlockBackend | None = None
         self.tray_open = False
         self.write_cache = True
+        self.medium_was_read_only = True
         machine.track_disk(self)
 
     @property
@@ -225,6 +227,18 @@ class DiskDevice(Device):
         self.tray_open = opened
         assert self.backend is not None
         self.machine.events.emit("DEVICE_TRAY_MOVED", device=self.backend.name, id=self.qdev, tray_open=opened)
+
+    async def take_medium(self) -> None:
+        """Take the medium out, if there is one; a node that nobody else holds is closed."""
+        backend = self.backend
+        assert backend is not None
+        node = backend.node
+        if node is None:
+            return
+        async with self.machine.graph.drained(node):
+            backend.eject()
+        self.medium_was_read_only = node.read_only
+        await self.machine.graph.drop_unreferenced(node)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qmpd.errors import CommandError, device_not_found
+from qmpd.errors import CommandError, DeviceNotFound, device_not_found
 from qmpd.machine import board, lookup
 from qmpd.machine.bus import Bus
 from qmpd.machine.device import Device
@@ -228,7 +228,8 @@ class Machine(QomObject):
                     device.assign(name, arguments[name], text=text)
             await self.plug(device, bus)
         except BaseException:
-            await self.dismantle(device)
+            for data in await self.dismantle(device):
+                self.events.emit("DEVICE_DELETED", **data)
             raise
         return device
 
@@ -307,6 +308,15 @@ class Machine(QomObject):
     async def device_del(self, name: str) -> None:
         """Remove a device, or ask the guest to let go of it. Raises CommandError."""
         await self.unplugger.request(self.find_device(name), name)
+
+    def refuse_sync(self, name: str) -> CommandError:
+        """Return why device-sync-config cannot be done for the device `name`."""
+        try:
+            device = self.find_device(name)
+        except DeviceNotFound as error:
+            return CommandError(str(error))
+        owner = device.find_owner("drive")
+        return CommandError(f"device-sync-config is not supported for '{owner.type_name}'")
 
     async def close(self) -> None:
         """Take every device out: the end of the daemon."""
