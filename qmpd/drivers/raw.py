@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.defaults import default_child_perm
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.errors import CommandError
 from qmpd.qapi.registry import driver
-from qmpd.units import SECTOR
+from qmpd.units import SECTOR, align_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class RawNode(BlockNode):
             )
         if self.window is not None and self.window % SECTOR:
             raise CommandError("Specified size is not multiple of 512")
-        self.size = available - self.start if self.window is None else self.window
+        self.size = align_up(available - self.start, SECTOR) if self.window is None else self.window
         self.supports_fua = True
         if not self.start % self.file.node.request_alignment:
             self.request_alignment = self.file.node.request_alignment
@@ -76,8 +76,18 @@ class RawNode(BlockNode):
         return (wanted & ~(Perm.WRITE | Perm.RESIZE)) | (perm & (Perm.WRITE | Perm.RESIZE)), lets
 
     async def preadv(self, batch: Batch) -> None:
-        """Read from the child."""
-        await self.file.preadv(batch.shifted(self.start))
+        """Read from the child; an unaligned offset leaves part of the last sector without one."""
+        shifted = batch.shifted(self.start)
+        if self.start % SECTOR and any(request.end > self.file.size for request in shifted):
+            shifted = Batch(self._within(request) for request in shifted)
+        await self.file.preadv(shifted)
+
+    def _within(self, request: Request) -> Request:
+        there = self.file.size - request.offset
+        if there >= len(request.view):
+            return request
+        request.view[there:] = bytes(len(request.view) - there)
+        return request.part(request.offset, 0, there)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write to the child."""
@@ -87,7 +97,7 @@ class RawNode(BlockNode):
     def _follow(self) -> None:
         """Grow with the child, as a plain raw node does while a format above allocates."""
         if self.window is None:
-            self.size = self.file.size - self.start
+            self.size = align_up(self.file.size - self.start, SECTOR)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
         """Zero in the child."""
