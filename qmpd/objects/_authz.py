@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +38,7 @@ class Rule:
         """Say whether the rule is about `identity`; in a glob only `*` and `?` are special."""
         if self.format != "glob":
             return self.match == identity
-        parts = {"*": ".*", "?": "."}
-        pattern = "".join(parts.get(letter) or re.escape(letter) for letter in re.sub(r"\*+", "*", self.match))
-        return re.fullmatch(pattern, identity, re.DOTALL) is not None
+        return _glob(self.match, identity)
 
     def to_wire(self) -> dict[str, str]:
         """Return QAuthZListRule (wire)."""
@@ -62,6 +59,24 @@ class AccessList:
             if rule.matches(identity):
                 return rule.policy == "allow"
         return self.policy == "allow"
+
+
+def _glob(pattern: str, text: str) -> bool:
+    """Match in time proportional to the product of the lengths, whatever the pattern."""
+    at = place = 0  # in the text, in the pattern
+    star, resume = -1, 0  # the last star met, and where in the text to go on when it takes one more
+    while at < len(text):
+        if place < len(pattern) and pattern[place] == "*":
+            star, resume = place, at
+            place += 1
+        elif place < len(pattern) and pattern[place] in ("?", text[at]):
+            at, place = at + 1, place + 1
+        elif star >= 0:
+            resume += 1
+            at, place = resume, star + 1
+        else:
+            return False
+    return not pattern[place:].strip("*")
 
 
 def rules_from_wire(rules: Iterable[Mapping[str, Any]]) -> tuple[Rule, ...]:

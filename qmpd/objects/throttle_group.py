@@ -120,7 +120,7 @@ def _set_limits(self: ThrottleGroup, value: Any) -> None:
     self.change(numbers)
 
 
-def _legacy(name: str) -> Property:
+def _single(name: str) -> Property:
     """Return the property `x-NAME`, which can be set on creation only."""
 
     def get(self: ThrottleGroup) -> int:
@@ -144,7 +144,7 @@ class ThrottleGroup(QomObject):
     interfaces = ("user-creatable",)
     qom_properties = (
         Property("limits", "ThrottleLimits", get=lambda self: self.wire_limits(), set=_set_limits),
-        *(_legacy(name) for name in LIMITS),
+        *(_single(name) for name in LIMITS),
     )
 
     def __init__(self, options: ThrottleGroupOptions) -> None:
@@ -154,7 +154,7 @@ class ThrottleGroup(QomObject):
         for one in fields(options):
             name, value = one.name.replace("_", "-"), getattr(options, one.name)
             if name != "limits" and value is not None:
-                self.limits[name.removeprefix("x-")] = _check_legacy(name, value)
+                self.limits[name.removeprefix("x-")] = _check_single(name, value)
         if options.limits is not None:
             self.limits = merge(self.limits, options.limits)
 
@@ -185,7 +185,7 @@ class ThrottleGroup(QomObject):
         return bool(self._members)
 
 
-def _check_legacy(name: str, value: int) -> int:
+def _check_single(name: str, value: int) -> int:
     if value < 0:
         raise CommandError("Property values cannot be negative")
     if name.endswith("-max-length") and value > _LENGTH_MAX:

@@ -7,6 +7,7 @@ Options: TlsCredsPskProperties (qapi/qom.json and what it includes). The keys ar
 from __future__ import annotations
 
 import binascii
+import logging
 import platform
 import ssl
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from qmpd.qom import values
 from qmpd.qom.object import Property
 from qmpd.qom.tree import ObjectTree
 
+_log = logging.getLogger("qmpd.tls")
+
 _DEFAULT_USERNAME = "qemu"
 _MAX_FILE = 4 << 20
-_MAX_KEY = 64
-"""Bytes of a key at most, as GnuTLS has it (MAX_PSK_KEY_SIZE)."""
+"""Bytes of a key file at most."""
+_MIN_KEY, _MAX_KEY = 4, 256
+"""Bytes of a key: what GnuTLS takes at least, what OpenSSL takes at most (PSK_MAX_PSK_LEN)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ def _set_username(self: TlsCredsPsk, value: Any) -> None:
 
 @qom_type("tls-creds-psk", schema="TlsCredsPskProperties", options=TlsCredsPskOptions)
 class TlsCredsPsk(TlsCreds):
-    """A key file: all keys in it for a server, one of them for a client."""
+    """A key file: every key in it counts for a server, one of them for a client."""
 
     qom_type = "tls-creds-psk"
     abstract = False
@@ -53,10 +57,10 @@ class TlsCredsPsk(TlsCreds):
     def __init__(self, options: TlsCredsPskOptions) -> None:
         super().__init__(options.verify_peer, options.dir, options.endpoint, options.priority)
         self.username = options.username
-        self._keys: dict[str, SecretBytes] = {}
+        self._key: SecretBytes | None = None
 
     def complete(self, objects: ObjectTree) -> None:
-        """Read the keys."""
+        """Look at the files; a client reads its key now, a server reads them when a client comes."""
         if self.endpoint == "server" and self.username is not None:
             raise CommandError("username should not be set when endpoint=server")
         path = self.required_file("keys.psk")
@@ -64,15 +68,15 @@ class TlsCredsPsk(TlsCreds):
             dh_path = self.file("dh-params.pem", required=False)
             if dh_path is not None:
                 load_dh_params(base_context(self.endpoint), dh_path)
-            self._keys = read_keys(path, None)
-            return
-        name = self.username or _DEFAULT_USERNAME
-        self._keys = read_keys(path, name)
-        if name not in self._keys:
-            raise CommandError(f"Username {name} not found in PSK file {path}")
+        else:
+            self._key = client_key(path, self._name)
+
+    @property
+    def _name(self) -> str:
+        return _DEFAULT_USERNAME if self.username is None else self.username
 
     def make_context(self) -> ssl.SSLContext:
-        """Return a context that offers or accepts the keys."""
+        """Return a context that offers our key, or accepts those in the file."""
         context = base_context(self.endpoint)
         set_callback = getattr(context, f"set_psk_{self.endpoint}_callback", None)
         if set_callback is None:
@@ -80,37 +84,61 @@ class TlsCredsPsk(TlsCreds):
                 f"TLS credentials '{self.id}' cannot be used: pre-shared keys need Python 3.13 or newer, "
                 f"this is {platform.python_version()}"
             )
-        # Python's PSK callbacks serve TLS 1.2 and below; the suites are those without certificates.
+        # TLS 1.2, as the ssl documentation does it: there the suite itself says that keys are used.
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers("ECDHE-PSK:DHE-PSK:PSK:!aNULL:!eNULL")
+        path = self.required_file("keys.psk")
         if self.endpoint == "server":
-            set_callback(lambda identity: self._key(identity or ""))
+            set_callback(lambda identity: _server_key(path, identity or ""))
         else:
-            name = self.username or _DEFAULT_USERNAME
-            set_callback(lambda _hint: (name, self._key(name)))
+            name, key = self._name, self._key or client_key(path, self._name)
+            set_callback(lambda _hint: (name, _plain(key)))
         return context
 
-    def _key(self, name: str) -> bytes:
-        """Return the key of `name`, nothing if there is none."""
-        found = self._keys.get(name)
-        if found is None:
-            return b""
-        with found.view() as view:
-            return bytes(view)
-
-    def delete(self) -> None:
-        """Wipe the keys."""
-        for key in self._keys.values():
-            key.wipe()
-        self._keys.clear()
-        super().delete()
+    def forget(self) -> None:
+        """Drop the context and the key."""
+        super().forget()
+        self._key = None
 
 
-def read_keys(path: str, wanted: str | None) -> dict[str, SecretBytes]:
-    """Return the keys in a file by name, only that of `wanted` if it is given.
+def _plain(key: SecretBytes) -> bytes:
+    with key.view() as view:
+        return bytes(view)
 
-    Lines that are no keys are passed over, as GnuTLS does. Raises CommandError.
-    """
+
+def _server_key(path: str, name: str) -> bytes:
+    """Return the key of a client, nothing (which refuses it) if there is no good one."""
+    try:
+        return _plain(client_key(path, name))
+    except CommandError as error:
+        _log.info("TLS client refused: %s", error)
+        return b""
+
+
+def client_key(path: str, name: str) -> SecretBytes:
+    """Return the key of `name`: that of the first line that begins with it. Raises CommandError."""
+    contents = _read(path)
+    try:
+        prefix = name.encode() + b":"
+        for line in contents.split(b"\n"):
+            if line.startswith(prefix):
+                return _decode(line[len(prefix) :])
+    finally:
+        contents[:] = bytes(len(contents))
+    raise CommandError(f"Username {name} not found in PSK file {path}")
+
+
+def _decode(digits: bytearray) -> SecretBytes:
+    try:
+        key = bytearray(binascii.unhexlify(digits))
+    except ValueError as error:
+        raise CommandError("Cannot set PSK client credentials: Error in parsing.") from error
+    if not _MIN_KEY <= len(key) <= _MAX_KEY:
+        raise CommandError("Cannot set PSK client credentials: The request is invalid.")
+    return SecretBytes.take(key)
+
+
+def _read(path: str) -> bytearray:
     try:
         with open(path, "rb") as file:
             contents = bytearray(file.read(_MAX_FILE + 1))
@@ -118,14 +146,4 @@ def read_keys(path: str, wanted: str | None) -> dict[str, SecretBytes]:
         raise CommandError(f"Cannot read PSK file {path}: Error reading file “{path}”: {error.strerror}") from error
     if len(contents) > _MAX_FILE:
         raise CommandError(f"Cannot read PSK file {path}: File is larger than {_MAX_FILE} bytes")
-    keys: dict[str, SecretBytes] = {}
-    for line in contents.splitlines():
-        name, colon, digits = line.partition(b":")
-        try:
-            text, key = name.decode(), bytearray(binascii.unhexlify(digits))
-        except ValueError:
-            continue
-        if colon and not text.startswith("#") and 0 < len(key) <= _MAX_KEY and wanted in (None, text):
-            keys.setdefault(text, SecretBytes.take(key))
-    contents[:] = bytes(len(contents))
-    return keys
+    return contents
