@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
     from qmpd.events import EventBus
+    from qmpd.exporting.exports import Exports
     from qmpd.jobs.job import JobManager
     from qmpd.machine.machine import Machine
     from qmpd.qapi.registry import Registry
@@ -31,6 +32,7 @@ class Services:
 
     machine    None in the storage daemon
     jobs       the long-running jobs
+    exports    block exports and the NBD server, made here from the other services
     chardevs   rows of query-chardev, kept true by `daemon.listen`
     quit       ends the daemon after the reply has left; the argument is the SHUTDOWN reason
     """
@@ -45,6 +47,12 @@ class Services:
     jobs: JobManager
     quit: Callable[[str], None]
     chardevs: list[dict[str, Any]] = field(default_factory=list)
+    exports: Exports = field(init=False)
+
+    def __post_init__(self) -> None:
+        from qmpd.exporting.exports import Exports
+
+        self.exports = Exports(self.graph, self.objects, self.events, self.registry)
 
 
 class Context(Protocol):

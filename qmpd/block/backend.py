@@ -246,6 +246,18 @@ class BlockBackend:
 
         await self._home(work())
 
+    async def visit(self, work: Callable[[Child], Coroutine[Any, Any, T]]) -> T:
+        """Run `work` on the edge to the node, admitted and counted as one request.
+
+        For what asks more than one layer, such as allocation depth. Raises OSError.
+        """
+
+        async def admitted() -> T:
+            async with self._admitted(1) as root:
+                return await work(root)
+
+        return await self._home(admitted())
+
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         """Return the extents that make up the range. Raises OSError."""
 

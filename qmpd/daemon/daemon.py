@@ -90,6 +90,7 @@ class Daemon:
         await self.dispatcher.stop(COMMAND_PATIENCE)
         for step in (
             *reversed(self.at_end),
+            self.services.exports.close,
             self.services.jobs.close,
             self.services.graph.close_all,
             self._close_objects,

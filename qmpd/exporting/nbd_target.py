@@ -1,0 +1,149 @@
+"""What an NBD client can connect to: a backend, as one export of one server.
+
+A target belongs to the data loop; the monitor reads its fields, and changes it only through
+`Runner.run`. Devices' endpoints and block exports both end in a target.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from qmpd.aio.pool import BufferPool
+from qmpd.block.backend import BlockBackend
+from qmpd.protocols.nbd import ALLOCATION, DEPTH, ExportInfo, TransmissionFlag
+from qmpd.units import is_power_of_two
+
+_LARGEST_MINIMUM = 64 << 10
+"""Bytes; the document allows no larger minimum block size."""
+
+_COMMON = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.CAN_MULTI_CONN
+    | TransmissionFlag.SEND_CACHE
+)
+_WRITABLE = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+
+CONTEXT_ALLOCATION, CONTEXT_DEPTH = 0, 1
+"""Ids of metadata contexts on the wire, the same on every connection."""
+
+
+class Client(Protocol):
+    """A connection that has entered this target."""
+
+    def shut_down(self) -> None:
+        """Take no more requests, finish those that were taken, and hang up."""
+
+
+class NbdTarget:
+    """One export as clients see it.
+
+    name, description   as the client reads them, bytes
+    writethrough        every write is made durable before it is answered
+    depth               `qemu:allocation-depth` is offered
+    buffers             memory for what is read and received. It only ever holds data of this
+                        export, and is unmapped with it: reuse shows a client nothing it could not
+                        read anyway, so buffers are not wiped in between
+    """
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        name: bytes,
+        *,
+        description: bytes | None = None,
+        read_only: bool = True,
+        writethrough: bool = False,
+        depth: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.name, self.description = name, description
+        self.read_only, self.writethrough, self.depth = read_only, writethrough, depth
+        self.buffers = BufferPool()
+        self.clients: set[Client] = set()
+        self.closing = False
+        self.known_data = KnownData()
+        self._emptied: list[asyncio.Future[None]] = []
+
+    def info(self) -> ExportInfo:
+        """Return what holds now; the size a client is told stays its size."""
+        contexts = [(CONTEXT_ALLOCATION, ALLOCATION)]
+        if self.depth:
+            contexts.append((CONTEXT_DEPTH, DEPTH))
+        node = self.backend.node
+        alignment = node.request_alignment if node is not None else 1
+        if not is_power_of_two(alignment) or alignment > _LARGEST_MINIMUM:
+            alignment = 1
+        return ExportInfo(
+            name=self.name,
+            description=self.description,
+            size=self.backend.size,
+            flags=_COMMON | (TransmissionFlag.READ_ONLY if self.read_only else _WRITABLE),
+            minimum_block=alignment,
+            preferred_block=max(4096, alignment),
+            contexts=tuple(contexts),
+        )
+
+    # --- clients, on the data loop ------------------------------------------------------------------
+
+    def enter(self, client: Client) -> bool:
+        """Count a client that was told it may use this target; False if the target is going away."""
+        if self.closing:
+            return False
+        self.clients.add(client)
+        return True
+
+    def leave(self, client: Client) -> None:
+        """The client is gone, and nothing of it is in flight any more."""
+        self.clients.discard(client)
+        if not self.clients:
+            emptied, self._emptied = self._emptied, []
+            for future in emptied:
+                if not future.done():
+                    future.set_result(None)
+
+    async def close(self, *, only_idle: bool) -> bool:
+        """Admit no more clients; with `only_idle` refuse (False) if there are any."""
+        if only_idle and self.clients:
+            return False
+        self.closing = True
+        return True
+
+    async def end_clients(self) -> None:
+        """End every client after the requests it has in flight, and wait until they are gone."""
+        for client in list(self.clients):
+            client.shut_down()
+        while self.clients:
+            future = asyncio.get_running_loop().create_future()
+            self._emptied.append(future)
+            await future
+
+
+class KnownData:
+    """The last stretch of the export that was seen to be stored data.
+
+    Reads inside it need no block status. Data may turn into a hole behind our back: then zeroes
+    are sent as data, which costs a little and is never wrong. So holes are not remembered.
+    """
+
+    __slots__ = ("end", "start")
+
+    def __init__(self) -> None:
+        self.start = self.end = 0
+
+    def covers(self, start: int, end: int) -> bool:
+        """Say whether [start, end) is known to be data."""
+        return self.start <= start and end <= self.end
+
+    def learn(self, start: int, end: int) -> None:
+        """Remember [start, end); a stretch that touches the last one makes it longer."""
+        if start <= self.end and self.start <= end:
+            self.start, self.end = min(start, self.start), max(end, self.end)
+        else:
+            self.start, self.end = start, end
+
+    def forget(self) -> None:
+        """Something was discarded or zeroed."""
+        self.start = self.end = 0

@@ -1,0 +1,263 @@
+"""Carrying out NBD requests on a backend: one coroutine for the reads of a receive buffer, one for
+its writes, one for the rest; each ends by handing its replies to the connection.
+
+Sparse reads: with structured replies a stretch that reads as zeroes is neither read nor sent.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from qmpd.aio.pool import PooledBuffer
+from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.batch import Request as Piece
+from qmpd.exporting.nbd_status import allocation, depth
+from qmpd.exporting.nbd_target import CONTEXT_ALLOCATION, NbdTarget
+from qmpd.protocols.nbd import MAX_EXTENTS, Command, CommandFlag, NbdError, Style, to_nbd_error
+from qmpd.protocols.nbd_transmission import Replies, Request, merged_extents
+from qmpd.units import GiB, KiB, MiB
+
+Work = Coroutine[Any, Any, None]
+
+SPARSE_FROM = 32 * KiB
+"""Bytes: a shorter read is not split, a header costs as much as the zeroes it saves."""
+
+STATUS_AHEAD = 16 * MiB
+"""Bytes whose block status is asked for at once when a read needs to know."""
+
+RANGE_STEP = 1 * GiB
+"""Bytes that are zeroed or discarded per call to the backend."""
+
+CACHE_STEP = 2 * MiB
+"""Bytes read at a time to bring them into the cache."""
+
+_FUA, _REQ_ONE, _DF = int(CommandFlag.FUA), int(CommandFlag.REQ_ONE), int(CommandFlag.DF)
+
+
+class Outlet(Protocol):
+    """Where replies go: the connection."""
+
+    def reply(self, *parts: bytes | memoryview) -> None:
+        """Queue bytes; they leave together with whatever else is queued."""
+
+    def replied(self, admitted: int, buffer: PooledBuffer | None) -> None:
+        """What was queued is all of a piece of work that was admitted with `admitted` bytes.
+
+        Once it has left, `buffer` goes back to its pool.
+        """
+
+
+class Worker:
+    """Carries out the requests of one connection."""
+
+    def __init__(self, target: NbdTarget, style: Style, contexts: Sequence[tuple[int, bytes]], outlet: Outlet) -> None:
+        self._target, self._backend = target, target.backend
+        self._replies = Replies(style)
+        self._style = style
+        self._contexts = tuple(number for number, _ in contexts)
+        self._outlet = outlet
+
+    # --- reads ----------------------------------------------------------------------------------
+
+    async def read(self, requests: list[Request], admitted: int) -> None:
+        """Carry out read requests, which together ask for `admitted` bytes."""
+        buffer = self._target.buffers.take(max(admitted, 1))
+        try:
+            sparse = self._style is not Style.SIMPLE
+            batch = Batch()
+            pieces: list[tuple[Request, list[Piece | tuple[int, int]]]] = []
+            at = 0
+            view = buffer.view
+            for request in requests:
+                parts: list[Piece | tuple[int, int]]
+                if not sparse or self._is_data(request):
+                    piece = Piece(request.offset, view[at : at + request.length])
+                    batch.append(piece)
+                    parts = [piece]
+                else:
+                    parts = await self._split(request, view[at : at + request.length])
+                    batch.extend(part for part in parts if isinstance(part, Piece))
+                at += request.length
+                pieces.append((request, parts))
+            if batch:
+                await self._backend.preadv(batch)
+        except OSError as error:
+            self._fail(requests, error, "reading from file failed")
+        else:
+            for request, parts in pieces:
+                self._answer_read(request, parts)
+        self._outlet.replied(admitted, buffer)
+
+    def _is_data(self, request: Request) -> bool:
+        """Say whether a read is not worth a look for holes, or known to meet none."""
+        if request.length < SPARSE_FROM or request.flags & _DF:
+            return True
+        return self._target.known_data.covers(request.offset, request.offset + request.length)
+
+    async def _split(self, request: Request, view: memoryview) -> list[Piece | tuple[int, int]]:
+        """Return the parts of a read in order: what is to be read, and (offset, length) of holes."""
+        start, end = request.offset, request.offset + request.length
+        ahead = min(max(request.length, STATUS_AHEAD), self._backend.size - start)
+        if ahead < request.length:  # it has shrunk: let the read find out
+            return [Piece(start, view)]
+        parts: list[Piece | tuple[int, int]] = []
+        data = start
+        for extent in await self._backend.block_status(start, ahead):
+            if extent.data and not extent.zero:
+                self._target.known_data.learn(extent.offset, extent.offset + extent.length)
+            low, high = max(extent.offset, start), min(extent.offset + extent.length, end)
+            if low >= high:
+                break
+            if extent.zero and high - low >= 4 * KiB:
+                if low > data:
+                    parts.append(Piece(data, view[data - start : low - start]))
+                if parts and isinstance(parts[-1], tuple) and low == data:
+                    before, length = parts.pop()  # type: ignore[misc]
+                    parts.append((before, length + high - low))
+                else:
+                    parts.append((low, high - low))
+                data = high
+        if data < end:
+            parts.append(Piece(data, view[data - start : end - start]))
+        return parts
+
+    def _answer_read(self, request: Request, parts: Sequence[Piece | tuple[int, int]]) -> None:
+        replies, reply = self._replies, self._outlet.reply
+        for part in parts:
+            if isinstance(part, Piece) and part.error:
+                reply(replies.error(request, to_nbd_error(part.error), "reading from file failed"))
+                return
+        if len(parts) == 1 and isinstance(parts[0], Piece):
+            view = parts[0].view
+            if len(view):
+                reply(replies.data(request, request.offset, len(view)), view)
+            elif self._style is Style.SIMPLE:
+                reply(replies.data(request, request.offset, 0))
+            else:
+                reply(replies.success(request))
+            return
+        last = parts[-1]
+        for part in parts:
+            if isinstance(part, Piece):
+                reply(replies.data(request, part.offset, len(part.view), last=part is last), part.view)
+            else:
+                reply(replies.hole(request, *part, last=part is last))
+
+    # --- writes ---------------------------------------------------------------------------------
+
+    async def write(self, requests: list[Request]) -> None:
+        """Carry out write requests; their payload stays as it is until this has ended."""
+        plain, durable = Batch(), Batch()
+        order: list[tuple[Request, Piece | None]] = []
+        through = self._target.writethrough
+        for request in requests:
+            if not request.length:
+                order.append((request, None))
+                continue
+            assert request.payload is not None
+            piece = Piece(request.offset, request.payload)
+            order.append((request, piece))
+            (durable if through or request.flags & _FUA else plain).append(piece)
+        for batch, flags in ((plain, WriteFlags.NONE), (durable, WriteFlags.FUA)):
+            if batch:
+                try:
+                    await self._backend.pwritev(batch, flags)
+                except OSError as error:
+                    batch.fail(error.errno or errno.EIO)
+        reply, replies = self._outlet.reply, self._replies
+        for request, done in order:
+            if done is not None and done.error:
+                reply(replies.error(request, to_nbd_error(done.error), "writing to file failed"))
+            else:
+                reply(replies.success(request))
+
+    # --- the rest -------------------------------------------------------------------------------
+
+    async def others(self, requests: list[Request], admitted: int) -> None:
+        """Carry out requests that are neither reads nor writes, one after the other."""
+        for request in requests:
+            work, text = self._OTHERS[request.command]
+            try:
+                await work(self, request)
+            except OSError as error:
+                self._fail([request], error, text)
+        self._outlet.replied(admitted, None)
+
+    async def _flush(self, request: Request) -> None:
+        await self._backend.flush()
+        self._outlet.reply(self._replies.success(request))
+
+    async def _trim(self, request: Request) -> None:
+        self._target.known_data.forget()
+        for offset, length in _steps(request):
+            await self._backend.pdiscard(offset, length)
+        if request.flags & _FUA or self._target.writethrough:
+            await self._backend.flush()
+        self._outlet.reply(self._replies.success(request))
+
+    async def _write_zeroes(self, request: Request) -> None:
+        self._target.known_data.forget()
+        flags = WriteFlags.NONE
+        if request.flags & _FUA or self._target.writethrough:
+            flags |= WriteFlags.FUA
+        if not request.flags & CommandFlag.NO_HOLE:
+            flags |= WriteFlags.MAY_UNMAP
+        if request.flags & CommandFlag.FAST_ZERO:
+            flags |= WriteFlags.NO_FALLBACK
+        for offset, length in _steps(request):
+            await self._backend.pwrite_zeroes(offset, length, flags)
+        self._outlet.reply(self._replies.success(request))
+
+    async def _cache(self, request: Request) -> None:
+        buffer = self._target.buffers.take(min(max(request.length, 1), CACHE_STEP))
+        try:
+            for offset in range(request.offset, request.offset + request.length, CACHE_STEP):
+                length = min(CACHE_STEP, request.offset + request.length - offset)
+                batch = Batch.single(offset, buffer.view[:length])
+                await self._backend.preadv(batch)
+                batch.raise_first()
+        finally:
+            buffer.release()
+        self._outlet.reply(self._replies.success(request))
+
+    async def _block_status(self, request: Request) -> None:
+        wanted = self._contexts if request.contexts is None else request.contexts
+        one = bool(request.flags & _REQ_ONE)
+        chunks = []
+        for number in wanted:
+            if number == CONTEXT_ALLOCATION:
+                found = await allocation(self._backend, request.offset, request.length)
+            else:
+                found = await depth(self._backend, request.offset, request.length)
+            extents = merged_extents(found, 1 if one else MAX_EXTENTS, wide=self._style is Style.EXTENDED)
+            chunks.append((number, extents))
+        for position, (number, extents) in enumerate(chunks):
+            last = position == len(chunks) - 1
+            self._outlet.reply(self._replies.status(request, number, extents, last=last))
+
+    _OTHERS: ClassVar[dict[int, tuple[Callable[[Worker, Request], Work], str]]] = {
+        int(Command.FLUSH): (_flush, "flush failed"),
+        int(Command.TRIM): (_trim, "discard failed"),
+        int(Command.CACHE): (_cache, "caching data failed"),
+        int(Command.WRITE_ZEROES): (_write_zeroes, "writing to file failed"),
+        int(Command.BLOCK_STATUS): (_block_status, "can't get block status"),
+    }
+
+    # --- refusals -------------------------------------------------------------------------------
+
+    def refuse(self, request: Request, error: NbdError, text: str) -> None:
+        """Answer a request without carrying it out."""
+        self._outlet.reply(self._replies.error(request, error, text))
+
+    def _fail(self, requests: Iterable[Request], error: OSError, text: str) -> None:
+        for request in requests:
+            self.refuse(request, to_nbd_error(error.errno or errno.EIO), text)
+
+
+def _steps(request: Request) -> Iterable[tuple[int, int]]:
+    """Yield (offset, length) of the parts in which a long range is worked on."""
+    end = request.offset + request.length
+    for offset in range(request.offset, end, RANGE_STEP):
+        yield offset, min(RANGE_STEP, end - offset)
