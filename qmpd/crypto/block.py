@@ -12,8 +12,8 @@ from typing import Protocol
 from qmpd.crypto.cipher import Buffer, CipherSpec, Span, open_cipher
 from qmpd.units import KiB
 
-PIECE = 128 * KiB
-"""Bytes worked in one go: what stays in a core's second-level cache between read and use."""
+PIECE = 512 * KiB
+"""Bytes that one thread takes at a time: smaller ones are lost in handing the interpreter's lock about."""
 
 _SECTOR_SHIFT = 9
 

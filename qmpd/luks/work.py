@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from qmpd.aio.pool import in_work_thread, work_executor
 from qmpd.crypto.block import pieces, total
 from qmpd.crypto.cipher import Span
-from qmpd.units import KiB, MiB
+from qmpd.units import MiB
 
-INLINE = 192 * KiB
-"""Bytes up to which handing half of it to a thread costs more than it saves (about 0.1 ms)."""
+INLINE = 1 * MiB
+"""Bytes up to which a second thread does not pay (half a millisecond of work; measured with both cores busy)."""
 
 YIELD_EVERY = 1 * MiB
 """Bytes after which the loop gets its turn during a large run."""
