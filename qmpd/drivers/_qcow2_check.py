@@ -1,0 +1,347 @@
+"""Checking a qcow2 image: count what refers to each cluster, compare with the refcounts.
+
+Used when a dirty image is opened for writing, and by `check`. The counting of one reference
+more or less is what leaks and corruptions are; what they are called is as the reference does.
+Model: qcow2_check_refcounts (QEMU block/qcow2-refcount.c).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from qmpd.drivers import _qcow2_repair as repair
+from qmpd.drivers._qcow2_image import Image
+from qmpd.formats.qcow2 import (
+    COMPRESSED,
+    COPIED,
+    ENTRY_SIZE,
+    L1_RESERVED,
+    L2_RESERVED,
+    MAX_L1_BYTES,
+    OFFSET_MASK,
+    REFCOUNT_TABLE_MASK,
+    ZERO,
+    compressed_extent,
+    unpack_entries,
+)
+from qmpd.formats.qcow2_header import CORRUPT, DIRTY
+
+_CHUNK_BITS = 12
+MAX_MESSAGES = 10_000
+"""Lines kept in a result at most: a destroyed image has as many faults as clusters."""
+
+
+class Counts:
+    """References per host cluster, in chunks so that memory follows what is counted."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, array[int]] = {}
+
+    def add(self, cluster: int, delta: int = 1) -> None:
+        """Count one more reference to `cluster`."""
+        chunk = self._chunks.get(cluster >> _CHUNK_BITS)
+        if chunk is None:
+            chunk = self._chunks[cluster >> _CHUNK_BITS] = array("Q", bytes(8 << _CHUNK_BITS))
+        chunk[cluster & (1 << _CHUNK_BITS) - 1] += delta
+
+    def get(self, cluster: int) -> int:
+        """Return the references to `cluster`."""
+        chunk = self._chunks.get(cluster >> _CHUNK_BITS)
+        return 0 if chunk is None else chunk[cluster & (1 << _CHUNK_BITS) - 1]
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        """Yield (cluster, references) in order, where there are any."""
+        for number in sorted(self._chunks):
+            base = number << _CHUNK_BITS
+            for index, count in enumerate(self._chunks[number]):
+                if count:
+                    yield base + index, count
+
+    @property
+    def end(self) -> int:
+        """The cluster after the last one referred to."""
+        last = -1
+        for cluster, _ in self.used():
+            last = cluster
+        return last + 1
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What a check found and mended; the members of ImageCheck. Offsets in bytes."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    compressed_clusters: int = 0
+    fragmented_clusters: int = 0
+    image_end_offset: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Keep a line for people."""
+        if len(self.messages) < MAX_MESSAGES:
+            self.messages.append(text)
+
+
+async def check_image(image: Image, *, fix_leaks: bool = False, fix_errors: bool = False) -> CheckResult:
+    """Check an image that no request uses, and mend what the arguments allow.
+
+    When nothing is left to mend, the dirty and the corrupt bit are cleared. Raises OSError if
+    the image cannot be read or written.
+    """
+    result = CheckResult()
+    async with image.lock:
+        if image.writable:
+            await image.write_metadata(everything=True, durable=True)
+        counts = await count_references(image, result)
+        rebuild = await _compare(image, counts, result, fix_leaks=False, fix_errors=False)
+        if rebuild and fix_errors:
+            result.say("Rebuilding refcount structure")
+            found = result.corruptions + result.leaks
+            await repair.rebuild(image, counts)
+            result.corruptions = result.leaks = 0
+            counts = await count_references(image, CheckResult())
+            rest = CheckResult()
+            await _compare(image, counts, rest, fix_leaks=True, fix_errors=True)
+            result.corruptions_fixed += max(found - rest.corruptions, 0)
+            result.corruptions = rest.corruptions
+        elif fix_leaks or fix_errors:
+            if rebuild:
+                result.say("ERROR need to rebuild refcount structures")
+                result.check_errors += 1
+            elif result.leaks or result.corruptions:
+                before = result.corruptions
+                result.leaks = 0
+                result.corruptions = 0
+                await _compare(image, counts, result, fix_leaks=fix_leaks, fix_errors=fix_errors)
+                result.corruptions = max(before - result.corruptions_fixed, result.corruptions)
+        await _check_copied(image, result, fix=fix_errors)
+        if image.writable and (fix_leaks or fix_errors):
+            await image.write_metadata(everything=True, durable=True)
+            bits = image.header.incompatible & (DIRTY | CORRUPT)
+            if not result.check_errors and not result.corruptions and bits:
+                await image.set_incompatible(image.header.incompatible & ~bits)
+    result.image_end_offset = counts.end << image.cluster_bits
+    result.total_clusters = -(-image.header.size >> image.cluster_bits)
+    return result
+
+
+def _refer(image: Image, counts: Counts, result: CheckResult, offset: int, length: int) -> None:
+    """Count a reference to every cluster of [offset, offset + length)."""
+    if length <= 0:
+        return
+    if offset + length - image.file.size >= image.cluster_size:
+        result.say(
+            "ERROR: counting reference for region exceeding the end of the file by one cluster or more:"
+            f" offset {offset:#x} size {length:#x}"
+        )
+        result.corruptions += 1
+        return
+    for cluster in range(offset >> image.cluster_bits, (offset + length - 1 >> image.cluster_bits) + 1):
+        counts.add(cluster)
+
+
+async def count_references(image: Image, result: CheckResult) -> Counts:
+    """Return how often each cluster is referred to. Raises OSError."""
+    header = image.header
+    counts = Counts()
+    _refer(image, counts, result, 0, header.cluster_size)
+    await _count_l1(image, counts, result, header.l1_table_offset, header.l1_size, active=True)
+    for snapshot in image.snapshots:
+        where = f"ERROR snapshot {snapshot.identifier} ({snapshot.name})"
+        if snapshot.l1_table_offset % header.cluster_size:
+            result.say(
+                f"{where} l1_offset={snapshot.l1_table_offset:#x}: L1 table is not cluster aligned;"
+                " snapshot table entry corrupted"
+            )
+            result.corruptions += 1
+        elif snapshot.l1_size > MAX_L1_BYTES // ENTRY_SIZE:
+            result.say(f"{where} l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted")
+            result.corruptions += 1
+        else:
+            await _count_l1(image, counts, result, snapshot.l1_table_offset, snapshot.l1_size, active=False)
+    for offset, length in image.overlaps.areas.get("snapshot-table", ()):
+        _refer(image, counts, result, offset, length)
+    await _count_bitmaps(image, counts, result)
+    _refer(image, counts, result, header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
+    for index, entry in enumerate(image.refcounts.table):
+        if entry:
+            _count_block(image, counts, result, index, entry)
+    return counts
+
+
+def _count_block(image: Image, counts: Counts, result: CheckResult, index: int, entry: int) -> None:
+    offset = entry & REFCOUNT_TABLE_MASK
+    if entry & ~REFCOUNT_TABLE_MASK:
+        result.say(f"ERROR refcount table entry {index} has reserved bits set")
+        result.corruptions += 1
+        repair.want_rebuild(image)
+    elif offset % image.cluster_size:
+        result.say(f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted")
+        result.corruptions += 1
+        repair.want_rebuild(image)
+    elif offset >= image.file.size:
+        result.say(f"ERROR refcount block {index} is outside image")
+        result.corruptions += 1
+        repair.want_rebuild(image)
+    else:
+        _refer(image, counts, result, offset, image.cluster_size)
+        if counts.get(offset >> image.cluster_bits) != 1:
+            result.say(f"ERROR refcount block {index} refcount={counts.get(offset >> image.cluster_bits)}")
+            result.corruptions += 1
+            repair.want_rebuild(image)
+
+
+async def _count_l1(
+    image: Image, counts: Counts, result: CheckResult, offset: int, entries: int, *, active: bool
+) -> None:
+    _refer(image, counts, result, offset, entries * ENTRY_SIZE)
+    table = await image.read_table(offset, entries)
+    for entry in table:
+        if not entry:
+            continue
+        if entry & L1_RESERVED:
+            result.say(f"ERROR found L1 entry with reserved bits set: {entry:x}")
+            result.corruptions += 1
+        place = entry & OFFSET_MASK
+        _refer(image, counts, result, place, image.cluster_size)
+        if place % image.cluster_size:
+            result.say(f"ERROR l2_offset={place:x}: Table is not cluster aligned; L1 entry corrupted")
+            result.corruptions += 1
+            if active and image.writable:
+                continue
+        await _count_l2(image, counts, result, place, active=active)
+
+
+async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: int, *, active: bool) -> None:
+    table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
+    expected = 0
+    for entry in table:
+        if not entry:
+            continue
+        if entry & COMPRESSED:
+            if entry & COPIED:
+                result.say(
+                    f"ERROR: coffset={entry & OFFSET_MASK:#x}: copied flag must never be set for compressed clusters"
+                )
+                result.corruptions += 1
+            place, length = compressed_extent(entry, image.cluster_bits)
+            _refer(image, counts, result, place, length)
+            if active:
+                result.allocated_clusters += 1
+                result.compressed_clusters += 1
+                result.fragmented_clusters += 1
+            continue
+        if entry & L2_RESERVED:
+            result.say(f"ERROR found l2 entry with reserved bits set: {entry:x}")
+            result.corruptions += 1
+        place = entry & OFFSET_MASK
+        if not place:
+            continue
+        if place % image.cluster_size:
+            what = "Preallocated cluster" if entry & ZERO else "Data cluster"
+            result.say(f"ERROR offset={place:x}: {what} is not properly aligned; L2 entry corrupted.")
+            result.corruptions += 1
+            continue
+        if active:
+            result.allocated_clusters += 1
+            if expected and place != expected:
+                result.fragmented_clusters += 1
+            expected = place + image.cluster_size
+        _refer(image, counts, result, place, image.cluster_size)
+
+
+async def _count_bitmaps(image: Image, counts: Counts, result: CheckResult) -> None:
+    place = image.header.bitmaps
+    if place is None:
+        return
+    _refer(image, counts, result, place.directory_offset, place.directory_size)
+    for bitmap in image.bitmaps:
+        _refer(image, counts, result, bitmap.table_offset, bitmap.table_size * ENTRY_SIZE)
+        for entry in await image.read_table(bitmap.table_offset, bitmap.table_size):
+            offset = entry & OFFSET_MASK
+            if offset:
+                _refer(image, counts, result, offset, image.cluster_size)
+
+
+async def _compare(image: Image, counts: Counts, result: CheckResult, *, fix_leaks: bool, fix_errors: bool) -> bool:
+    """Compare refcounts with `counts`; say whether the refcount structure must be rebuilt."""
+    rebuild = repair.rebuild_wanted(image)
+    wrong: list[tuple[int, int, int]] = []
+    for cluster, references in counts.used():
+        try:
+            found = await image.refcounts.peek(cluster)
+        except OSError:
+            rebuild, found = True, 0
+        if found != references:
+            wrong.append((cluster, found, references))
+    async for cluster, found in image.refcounts.stored():
+        if not counts.get(cluster):
+            wrong.append((cluster, found, 0))
+    for cluster, found, references in sorted(wrong):
+        if found == 0:
+            rebuild = True
+        fixing = fix_leaks if found > references else fix_errors
+        if found > references:
+            result.leaks += 1
+        else:
+            result.corruptions += 1
+        if fixing and found:
+            await image.refcounts.put(cluster, references)
+            if found > references:
+                result.leaks_fixed += 1
+                result.leaks -= 1
+            else:
+                result.corruptions_fixed += 1
+                result.corruptions -= 1
+        verb = "Repairing" if fixing else "Leaked" if found > references else "ERROR"
+        result.say(f"{verb} cluster {cluster} refcount={found} reference={references}")
+    return rebuild
+
+
+async def _check_copied(image: Image, result: CheckResult, *, fix: bool) -> None:
+    """Compare the copied flags of the active tables with the refcounts."""
+    verb = "Repairing" if fix else "ERROR"
+    for index, entry in enumerate(image.l1):
+        offset = entry & OFFSET_MASK
+        if not offset or offset % image.cluster_size:
+            continue
+        refcount = await _refcount(image, offset)
+        if (refcount == 1) != bool(entry & COPIED):
+            result.say(f"{verb} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={refcount}")
+            if fix:
+                image.set_l1(index, offset | (COPIED if refcount == 1 else 0))
+                result.corruptions_fixed += 1
+            else:
+                result.corruptions += 1
+        table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
+        changed = False
+        for at, value in enumerate(table):
+            place = value & OFFSET_MASK
+            if not place or value & COMPRESSED or place % image.cluster_size:
+                continue
+            refcount = await _refcount(image, place)
+            if (refcount == 1) != bool(value & COPIED):
+                result.say(f"{verb} OFLAG_COPIED data cluster: l2_entry={value:x} refcount={refcount}")
+                if fix:
+                    table[at] = value & ~COPIED | (COPIED if refcount == 1 else 0)
+                    changed = True
+                    result.corruptions_fixed += 1
+                else:
+                    result.corruptions += 1
+        if changed:
+            await repair.write_table(image, offset, table)
+
+
+async def _refcount(image: Image, offset: int) -> int:
+    try:
+        return await image.refcounts.peek(offset >> image.cluster_bits)
+    except OSError:
+        return 0

@@ -1,0 +1,228 @@
+"""Making a qcow2 image: all metadata is written in place, nothing has to grow later.
+
+Layout: header, refcount table, refcount blocks, L1 table, then for preallocated images the L2
+tables and the data clusters. The header is written last: before it there is no image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from qmpd.block.batch import WriteFlags
+from qmpd.errors import CommandError
+from qmpd.formats.qcow2 import (
+    COPIED,
+    ENTRY_SIZE,
+    MAX_CLUSTER_BITS,
+    MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES,
+    MIN_CLUSTER_BITS,
+    RefcountCodec,
+    pack_entries,
+    zero_entries,
+)
+from qmpd.formats.qcow2_header import (
+    COMPRESSION,
+    COMPRESSION_TYPES,
+    LAZY_REFCOUNTS,
+    MAX_BACKING_NAME,
+    MAX_FORMAT_NAME,
+    Header,
+)
+from qmpd.units import KiB, MiB, is_power_of_two
+
+WRITE_CHUNK = 1 * MiB
+"""Bytes written at once where tables or zeroes are long."""
+
+
+class Target(Protocol):
+    """What an image is made on; a `Child` is one."""
+
+    async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write at `offset`, growing the file."""
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
+        """Make the range zero, growing the file."""
+
+    async def flush(self) -> None:
+        """Make what was written durable."""
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Counts and first numbers of clusters."""
+
+    table: int
+    blocks: int
+    l1: int
+    l2: int
+    data: int
+
+    @property
+    def first_l2(self) -> int:
+        return 1 + self.table + self.blocks + self.l1
+
+    @property
+    def first_data(self) -> int:
+        return self.first_l2 + self.l2
+
+    @property
+    def total(self) -> int:
+        return self.first_data + self.data
+
+
+async def create_qcow2(
+    file: Target,
+    *,
+    size: int,
+    cluster_size: int = 64 * KiB,
+    version: int = 3,
+    refcount_bits: int = 16,
+    lazy_refcounts: bool = False,
+    backing_file: str | None = None,
+    backing_fmt: str | None = None,
+    preallocation: str = "off",
+    compression_type: str = "zlib",
+) -> None:
+    """Make an image of `size` bytes on `file`, which is empty or whose contents do not matter.
+
+    preallocation   off, metadata, falloc, full
+    The backing file is only named, never opened. Raises CommandError with the reference's text
+    for options that do not go together, OSError.
+    """
+    _check_options(size, cluster_size, version, refcount_bits, lazy_refcounts)
+    if backing_file is not None and preallocation != "off":
+        raise CommandError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+    if backing_fmt is not None and backing_file is None:
+        raise CommandError("Backing format cannot be used without backing file")
+    if compression_type != "zlib" and version < 3:
+        raise CommandError(
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above"
+            " (use version=v3 or greater)"
+        )
+    header = Header(
+        version=version,
+        cluster_bits=cluster_size.bit_length() - 1,
+        size=size,
+        refcount_order=refcount_bits.bit_length() - 1,
+        compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
+        compression_type=COMPRESSION_TYPES.index(compression_type),
+        incompatible=0 if compression_type == "zlib" else COMPRESSION,
+        backing_file=(backing_file or "").encode("utf-8", "surrogateescape"),
+        backing_format=(backing_fmt or "").encode("utf-8", "surrogateescape"),
+    )
+    if len(header.backing_file) > MAX_BACKING_NAME or len(header.backing_format) > MAX_FORMAT_NAME:
+        raise CommandError("Backing file name too long")
+    layout = _lay_out(header, preallocated=preallocation != "off")
+    header.refcount_table_offset = cluster_size
+    header.refcount_table_clusters = layout.table
+    header.l1_size = header.l1_entries_for(size)
+    header.l1_table_offset = (1 + layout.table + layout.blocks) * cluster_size
+    image = header.pack().ljust(cluster_size, b"\0")
+    await file.pwrite_zeroes(0, cluster_size)
+    await _write_refcounts(file, header, layout)
+    await _write_l1(file, header, layout)
+    await _write_data(file, header, layout, preallocation)
+    await file.flush()
+    await file.pwrite(0, image)
+    await file.flush()
+
+
+def _check_options(size: int, cluster_size: int, version: int, refcount_bits: int, lazy: bool) -> None:
+    if size % 512:
+        raise CommandError("Image size must be a multiple of 512 bytes")
+    if not is_power_of_two(cluster_size) or not MIN_CLUSTER_BITS <= cluster_size.bit_length() - 1 <= MAX_CLUSTER_BITS:
+        raise CommandError(
+            f"Cluster size must be a power of two between {1 << MIN_CLUSTER_BITS} and {1 << MAX_CLUSTER_BITS - 10}k"
+        )
+    if lazy and version < 3:
+        raise CommandError(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if not is_power_of_two(refcount_bits) or refcount_bits > 64:
+        raise CommandError("Refcount width must be a power of two and may not exceed 64 bits")
+    if refcount_bits != 16 and version < 3:
+        raise CommandError(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above"
+            " (use version=v3 or greater)"
+        )
+    entries = Header(cluster_bits=cluster_size.bit_length() - 1).l1_entries_for(size)
+    if size < 0 or entries * ENTRY_SIZE > MAX_L1_BYTES:
+        raise CommandError("The image size is too large for file format 'qcow2' (try using a larger cluster size)")
+
+
+def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
+    cluster = header.cluster_size
+    entries = header.l1_entries_for(header.size)
+    layout = _Layout(
+        table=1,
+        blocks=1,
+        l1=-(-entries * ENTRY_SIZE // cluster),
+        l2=entries if preallocated else 0,
+        data=-(-header.size // cluster) if preallocated else 0,
+    )
+    while True:
+        blocks = -(-layout.total >> header.refcount_block_bits)
+        table = -(-blocks * ENTRY_SIZE // cluster)
+        if blocks <= layout.blocks and table <= layout.table:
+            break
+        layout.blocks, layout.table = max(blocks, layout.blocks), max(table, layout.table)
+    if layout.table * cluster > MAX_REFCOUNT_TABLE_BYTES:
+        raise CommandError("Could not write refcount table: File too large")
+    return layout
+
+
+async def _write_refcounts(file: Target, header: Header, layout: _Layout) -> None:
+    cluster = header.cluster_size
+    first_block = 1 + layout.table
+    table = zero_entries(layout.table * cluster // ENTRY_SIZE)
+    for index in range(layout.blocks):
+        table[index] = (first_block + index) * cluster
+    await file.pwrite(cluster, pack_entries(table))
+    codec = RefcountCodec(header.refcount_order)
+    per_block = 1 << header.refcount_block_bits
+    for index in range(layout.blocks):
+        used = min(layout.total - index * per_block, per_block)
+        counts = codec.zeroes(cluster)
+        for at in range(used):
+            counts[at] = 1
+        await file.pwrite((first_block + index) * cluster, codec.pack(counts))
+
+
+async def _write_l1(file: Target, header: Header, layout: _Layout) -> None:
+    cluster = header.cluster_size
+    if not layout.l2:
+        if layout.l1:
+            await file.pwrite_zeroes(header.l1_table_offset, layout.l1 * cluster)
+        return
+    table = zero_entries(layout.l1 * cluster // ENTRY_SIZE)
+    per_table = cluster // ENTRY_SIZE
+    data = layout.first_data
+    left = layout.data
+    for index in range(layout.l2):
+        offset = (layout.first_l2 + index) * cluster
+        table[index] = offset | COPIED
+        entries = zero_entries(per_table)
+        for at in range(min(left, per_table)):
+            entries[at] = (data + at) * cluster | COPIED
+        await file.pwrite(offset, pack_entries(entries))
+        data += per_table
+        left -= per_table
+    await file.pwrite(header.l1_table_offset, pack_entries(table))
+
+
+async def _write_data(file: Target, header: Header, layout: _Layout, preallocation: str) -> None:
+    """Fill the data clusters of a preallocated image as far as asked for."""
+    if not layout.data:
+        return
+    start, end = layout.first_data * header.cluster_size, layout.total * header.cluster_size
+    if preallocation == "metadata":
+        await file.pwrite_zeroes(end - 512, 512)
+    elif preallocation == "falloc":
+        await file.pwrite_zeroes(start, end - start)
+    else:
+        chunk = bytes(WRITE_CHUNK)
+        while start < end:
+            await file.pwrite(start, chunk[: end - start])
+            start += len(chunk)

@@ -1,0 +1,155 @@
+"""From guest offsets to runs: what each stretch of a qcow2 image is, and where.
+
+A slice of an L2 table that is in memory is looked up without a suspension; neighbouring clusters
+of one kind become one run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from qmpd.drivers._qcow2_image import Corruption, Image
+from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO, ClusterType
+
+if TYPE_CHECKING:
+    from qmpd.drivers._qcow2_cache import Slice
+
+UNALLOCATED = ClusterType.UNALLOCATED
+ZERO_PLAIN = ClusterType.ZERO_PLAIN
+ZERO_ALLOC = ClusterType.ZERO_ALLOC
+NORMAL = ClusterType.NORMAL
+
+
+class Run(NamedTuple):
+    """A stretch of guest bytes of one kind.
+
+    host   NORMAL, ZERO_ALLOC: offset in the file of its first byte
+           COMPRESSED: the L2 entry; such a run lies within one cluster
+    """
+
+    kind: ClusterType
+    offset: int
+    length: int
+    host: int
+
+
+class Place:
+    """Where an L2 entry is: the slice as loaded, the index in it, the offset of the whole table."""
+
+    __slots__ = ("index", "slice", "table_offset")
+
+    def __init__(self, found: Slice, index: int, table_offset: int) -> None:
+        self.slice, self.index, self.table_offset = found, index, table_offset
+
+
+async def find_slice(image: Image, offset: int) -> Place | None:
+    """Return the place of the L2 entry of guest `offset`, None if there is no L2 table.
+
+    Valid until the caller's next await. Raises OSError, Corruption.
+    """
+    bits = image.cluster_bits
+    l1_index = offset >> bits + image.l2_bits
+    entry = image.l1[l1_index] & OFFSET_MASK if l1_index < len(image.l1) else 0
+    if not entry:
+        return None
+    if entry & image.cluster_size - 1:
+        raise Corruption(f"L2 table offset {entry:#x} unaligned (L1 index: {l1_index:#x})")
+    index = offset >> bits & (1 << image.l2_bits) - 1
+    slice_offset = entry + (index >> image.slice_bits) * image.l2.length
+    found = image.l2.get(slice_offset)
+    if found is None:
+        found = await image.l2.load(slice_offset)
+        if image.l1[l1_index] & OFFSET_MASK != entry:
+            return await find_slice(image, offset)
+    return Place(found, index & (1 << image.slice_bits) - 1, entry)
+
+
+async def map_range(image: Image, offset: int, length: int) -> list[Run]:
+    """Return the runs of guest bytes [offset, offset + length), in order.
+
+    Raises OSError if a table cannot be read, Corruption if an entry breaks the format.
+    """
+    runs: list[Run] = []
+    end = offset + length
+    span = image.cluster_bits + image.slice_bits
+    table_span = image.cluster_bits + image.l2_bits
+    while offset < end:
+        place = await find_slice(image, offset)
+        if place is None:
+            stop = min(end, (offset >> table_span) + 1 << table_span)
+            runs.append(Run(UNALLOCATED, offset, stop - offset, 0))
+        else:
+            stop = min(end, (offset >> span) + 1 << span)
+            _map_slice(image, place, offset, stop, runs)
+        offset = stop
+    return _joined(runs) if len(runs) > 1 else runs
+
+
+def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Run]) -> None:
+    """Append the runs of [offset, stop), which one slice describes."""
+    table, index = place.slice.table, place.index
+    bits = image.cluster_bits
+    cluster = image.cluster_size
+    mask = cluster - 1
+    modern = image.header.version >= 3
+    within = offset & mask
+    while offset < stop:
+        entry = table[index]
+        length = cluster - within
+        if length > stop - offset:
+            length = stop - offset
+        if entry & COMPRESSED:
+            runs.append(Run(ClusterType.COMPRESSED, offset, length, entry))
+        else:
+            host = entry & OFFSET_MASK
+            if entry & ZERO:
+                if not modern:
+                    raise Corruption(
+                        "Zero cluster entry found in pre-v3 image"
+                        f" (L2 offset: {place.table_offset:#x}, L2 index: {index:#x})"
+                    )
+                if host & mask:
+                    raise _unaligned(host, place, index)
+                kind = ZERO_ALLOC if host else ZERO_PLAIN
+            elif host:
+                if host & mask:
+                    raise _unaligned(host, place, index)
+                kind = NORMAL
+                following = index + 1
+                if length + within == cluster and offset + length < stop and table[following] & OFFSET_MASK:
+                    most = index + 1 + (stop - offset - length - 1 >> bits) + 1
+                    expected = entry + cluster
+                    while following < most and table[following] == expected:
+                        following += 1
+                        expected += cluster
+                    length += (following - index - 1) << bits
+                    if length > stop - offset:
+                        length = stop - offset
+                    index = following - 1
+            else:
+                kind = UNALLOCATED
+            runs.append(Run(kind, offset, length, host + within if host else 0))
+        offset += length
+        within = 0
+        index += 1
+
+
+def _unaligned(host: int, place: Place, index: int) -> Corruption:
+    return Corruption(
+        f"Cluster allocation offset {host:#x} unaligned (L2 offset: {place.table_offset:#x}, L2 index: {index:#x})"
+    )
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """Join neighbours that continue each other."""
+    joined = [runs[0]]
+    for run in runs[1:]:
+        last = joined[-1]
+        if run.kind is last.kind and (
+            run.kind in (UNALLOCATED, ZERO_PLAIN)
+            or (run.kind in (NORMAL, ZERO_ALLOC) and run.host == last.host + last.length)
+        ):
+            joined[-1] = Run(last.kind, last.offset, last.length + run.length, last.host)
+        else:
+            joined.append(run)
+    return joined

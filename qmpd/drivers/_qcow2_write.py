@@ -1,0 +1,408 @@
+"""Guest writes to a qcow2 image: in place where a cluster is ours alone, else into new clusters.
+
+A batch takes these steps: look up all clusters; own the guest ranges that need new clusters;
+under the lock look up again and take host clusters; without the lock read what is copied around
+the data, then write everything with one child call; under the lock link the new clusters. What
+the new clusters replace is freed by the next write of the metadata.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from qmpd.block.batch import Batch, Request
+from qmpd.drivers._qcow2_image import Corruption, Image
+from qmpd.drivers._qcow2_map import Place, find_slice
+from qmpd.drivers._qcow2_read import read_backing, read_compressed
+from qmpd.formats.qcow2 import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    ZERO,
+    ClusterType,
+    cluster_type,
+    compressed_extent,
+)
+from qmpd.units import KiB
+
+if TYPE_CHECKING:
+    from qmpd.block.child import Child
+
+ZERO_BY_FILE = 128 * KiB
+"""Bytes around the data from which on a new cluster is zeroed by the file's own zero write."""
+
+_ZEROES = memoryview(bytes(ZERO_BY_FILE))
+
+
+class Piece:
+    """Guest data for a part of one cluster: `start` bytes into it."""
+
+    __slots__ = ("request", "start", "view")
+
+    def __init__(self, request: Request, start: int, view: memoryview) -> None:
+        self.request, self.start, self.view = request, start, view
+
+
+class Plan:
+    """A guest cluster that gets a new host cluster.
+
+    guest     offset of the cluster     pieces  the data, in the order of the batch
+    entry     its L2 entry before       host    offset of the cluster to write
+    fresh     `host` was taken for this, not found preallocated
+    """
+
+    __slots__ = ("entry", "failed", "fresh", "gaps", "guest", "host", "pieces")
+
+    def __init__(self, guest: int) -> None:
+        self.guest = guest
+        self.pieces: list[Piece] = []
+        self.entry = 0
+        self.host = 0
+        self.fresh = False
+        self.failed = 0
+        self.gaps: list[tuple[int, memoryview]] = []
+
+    def fail(self, error: int) -> None:
+        """Fail the plan and every request that has data in it."""
+        self.failed = self.failed or error
+        for piece in self.pieces:
+            piece.request.fail(error)
+
+    def holes(self, cluster_size: int) -> list[tuple[int, int]]:
+        """Return the parts (start, end) of the cluster that no piece covers."""
+        found = []
+        at = 0
+        for start, end in sorted((piece.start, piece.start + len(piece.view)) for piece in self.pieces):
+            if start > at:
+                found.append((at, start))
+            at = max(at, end)
+        if at < cluster_size:
+            found.append((at, cluster_size))
+        return found
+
+
+async def write_batch(image: Image, batch: Batch, backing: Child | None, size: int) -> None:
+    """Write every view of the batch; errors are marked on the requests.
+
+    size   bytes of the guest disk: what a new cluster holds after it is zeroed
+    """
+    generation = image.enter()
+    try:
+        ready = Batch()
+        plans: dict[int, Plan] = {}
+        for request in batch:
+            try:
+                await _classify(image, request, request.offset, request.view, ready, plans)
+            except Corruption as found:
+                request.fail(await image.fail(found))
+            except OSError as error:
+                request.fail(error.errno or errno.EIO)
+        if plans:
+            await _allocating(image, ready, plans, backing, size)
+        else:
+            await _write_file(image, ready)
+    finally:
+        image.leave(generation)
+    if image.crowded and not image.dead:
+        await image.write_metadata()
+
+
+async def _classify(
+    image: Image, request: Request, offset: int, view: memoryview, ready: Batch, plans: dict[int, Plan]
+) -> None:
+    """Sort the clusters of `view` into those that can be written in place and those that cannot."""
+    cluster = image.cluster_size
+    done = 0
+    place: Place | None = None
+    table_end = -1
+    run_end = -1
+    span = image.cluster_bits + image.slice_bits
+    mask = (1 << image.slice_bits) - 1
+    while done < len(view):
+        within = offset & cluster - 1
+        length = min(cluster - within, len(view) - done)
+        if offset >= table_end:
+            place = await find_slice(image, offset)
+            table_end = (offset >> span) + 1 << span
+        index = offset >> image.cluster_bits & mask
+        entry = place.slice.table[index] if place is not None else 0
+        if entry & COPIED and not entry & (COMPRESSED | ZERO):
+            host = _checked_host(image, entry, offset) + within
+            if run_end == done and ready[-1].end == host:
+                last = ready[-1]
+                ready[-1] = Request(last.offset, view[done - len(last.view) : done + length], request)
+            else:
+                ready.append(Request(host, view[done : done + length], request))
+            run_end = done + length
+        else:
+            if entry & ZERO and image.header.version < 3:
+                assert place is not None
+                raise Corruption(
+                    "Zero cluster entry found in pre-v3 image"
+                    f" (L2 offset: {place.table_offset:#x}, L2 index: {index:#x})"
+                )
+            plan = plans.get(offset - within)
+            if plan is None:
+                plan = plans[offset - within] = Plan(offset - within)
+            plan.pieces.append(Piece(request, within, view[done : done + length]))
+        offset += length
+        done += length
+
+
+def _checked_host(image: Image, entry: int, offset: int) -> int:
+    host = entry & OFFSET_MASK
+    if host & image.cluster_size - 1 or not host:
+        kind = "Preallocated zero" if entry & ZERO else "Data"
+        raise Corruption(f"{kind} cluster offset {host:#x} unaligned (guest offset: {offset:#x})")
+    return host
+
+
+async def _write_file(image: Image, batch: Batch) -> None:
+    """Write guest data to the file, no metadata being in the way. Errors are marked."""
+    checked = Batch()
+    for request in batch:
+        try:
+            await image.check_overlap(request.offset, len(request.view))
+        except OSError as error:
+            request.fail(error.errno or errno.EIO)
+        else:
+            checked.append(request)
+    if not checked:
+        return
+    if image.dead:
+        checked.fail(errno.ENOMEDIUM)
+        return
+    try:
+        await image.file.pwritev(checked)
+    except OSError as error:
+        checked.fail(error.errno or errno.EIO)
+
+
+def owned_ranges(guests: list[int], cluster_size: int) -> list[tuple[int, int, bool]]:
+    """Return the exclusive ranges (for RangeTable) of guest clusters, neighbours joined."""
+    ranges: list[tuple[int, int, bool]] = []
+    for guest in sorted(guests):
+        if ranges and ranges[-1][1] == guest:
+            ranges[-1] = (ranges[-1][0], guest + cluster_size, True)
+        else:
+            ranges.append((guest, guest + cluster_size, True))
+    return ranges
+
+
+async def _allocating(image: Image, ready: Batch, plans: dict[int, Plan], backing: Child | None, size: int) -> None:
+    mine = await image.owned.acquire(owned_ranges(list(plans), image.cluster_size))
+    try:
+        todo = await _plan(image, ready, [plans[guest] for guest in sorted(plans)])
+        if todo:
+            await _read_around(image, todo, backing, size)
+            todo = await _with_data(image, ready, todo)
+        else:
+            await _write_file(image, ready)
+        if todo:
+            await _link_all(image, todo)
+    finally:
+        image.owned.release(mine)
+
+
+async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
+    """Look up the clusters again, now that nobody else changes them, and take host clusters."""
+    todo: list[Plan] = []
+    async with image.lock:
+        for plan in plans:
+            try:
+                place = await find_slice(image, plan.guest)
+                plan.entry = place.slice.table[place.index] if place is not None else 0
+                if plan.entry & COPIED and not plan.entry & COMPRESSED:
+                    plan.host = _checked_host(image, plan.entry, plan.guest)
+            except Corruption as found:
+                plan.fail(await image.fail(found))
+                continue
+            except OSError as error:
+                plan.fail(error.errno or errno.EIO)
+                continue
+            if plan.host and not plan.entry & ZERO:
+                for piece in plan.pieces:
+                    ready.append(Request(plan.host + piece.start, piece.view, piece.request))
+            else:
+                todo.append(plan)
+        wanting = [plan for plan in todo if not plan.host]
+        if wanting:
+            await _take_clusters(image, wanting)
+    return [plan for plan in todo if not plan.failed]
+
+
+async def _take_clusters(image: Image, wanting: list[Plan]) -> None:
+    try:
+        if image.dead:
+            raise OSError(errno.ENOMEDIUM, "the image is corrupt")
+        await image.before_change()
+        runs = await image.refcounts.allocate(len(wanting))
+    except OSError as error:
+        for plan in wanting:
+            plan.fail(error.errno or errno.EIO)
+        return
+    places = (cluster for first, count in runs for cluster in range(first, first + count))
+    for plan, cluster in zip(wanting, places, strict=True):
+        plan.host = cluster << image.cluster_bits
+        plan.fresh = True
+
+
+async def _read_around(image: Image, plans: list[Plan], backing: Child | None, size: int) -> None:
+    """Fill `gaps` of each plan with what the rest of its cluster holds now."""
+    stored, below = Batch(), Batch()
+    owners: list[tuple[Request, Plan]] = []
+    for plan in plans:
+        kind = cluster_type(plan.entry)
+        unpacked: bytes | None = None
+        for start, end in plan.holes(image.cluster_size):
+            inside = max(min(end, size - plan.guest), start)
+            zero = kind in (ClusterType.ZERO_PLAIN, ClusterType.ZERO_ALLOC) or (
+                kind is ClusterType.UNALLOCATED and (backing is None or plan.guest + start >= backing.size)
+            )
+            if zero or inside == start:
+                await _zero_gap(image, plan, start, end)
+                continue
+            view = memoryview(bytearray(end - start))
+            plan.gaps.append((start, view))
+            part = Request(0, view[: inside - start])
+            if kind is ClusterType.COMPRESSED:
+                try:
+                    unpacked = unpacked or await read_compressed(image, plan.entry)
+                except OSError as error:
+                    plan.fail(error.errno or errno.EIO)
+                    break
+                part.view[:] = unpacked[start:inside]
+                continue
+            if kind is ClusterType.NORMAL:
+                part.offset = (plan.entry & OFFSET_MASK) + start
+                stored.append(part)
+            else:
+                part.offset = plan.guest + start
+                below.append(part)
+            owners.append((part, plan))
+    if stored:
+        await image.read_file(stored)
+    if below:
+        assert backing is not None
+        await read_backing(backing, below)
+    for part, plan in owners:
+        if part.error:
+            plan.fail(part.error)
+
+
+async def _zero_gap(image: Image, plan: Plan, start: int, end: int) -> None:
+    """Have [start, end) of the new cluster zeroed: with the data, or now if it is large."""
+    if end - start <= ZERO_BY_FILE:
+        plan.gaps.append((start, _ZEROES[: end - start]))
+        return
+    try:
+        await image.check_overlap(plan.host + start, end - start)
+        await image.file.pwrite_zeroes(plan.host + start, end - start)
+    except OSError as error:
+        plan.fail(error.errno or errno.EIO)
+
+
+async def _with_data(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
+    """Write the data and what surrounds it; return the plans that may be linked."""
+    writes: list[tuple[Request, Plan]] = []
+    for plan in plans:
+        if plan.failed:
+            continue
+        parts = [(start, Request(plan.host + start, view)) for start, view in plan.gaps]
+        parts.extend(
+            (piece.start, Request(plan.host + piece.start, piece.view, piece.request)) for piece in plan.pieces
+        )
+        parts.sort(key=lambda pair: pair[0])
+        writes.extend((request, plan) for _, request in parts)
+    await _write_file(image, Batch([*ready, *(request for request, _ in writes)]))
+    for request, plan in writes:
+        if request.error:
+            plan.fail(request.error)
+    lost = [plan for plan in plans if plan.failed]
+    if lost:
+        await give_back(image, lost)
+    return [plan for plan in plans if not plan.failed]
+
+
+async def give_back(image: Image, plans: list[Plan]) -> None:
+    """Free the clusters of plans that will not be linked."""
+    async with image.lock:
+        for plan in plans:
+            if plan.fresh:
+                await image.refcounts.give_back([(plan.host >> image.cluster_bits, 1)])
+
+
+async def _link_all(image: Image, plans: list[Plan]) -> None:
+    """Let the L2 entries name the new clusters, which are written."""
+    lost: list[Plan] = []
+    async with image.lock:
+        for plan in plans:
+            try:
+                if image.dead:
+                    raise OSError(errno.ENOMEDIUM, "the image is corrupt")
+                place = await writable_slice(image, plan.guest)
+            except Corruption as found:
+                plan.fail(await image.fail(found))
+                lost.append(plan)
+            except OSError as error:
+                plan.fail(error.errno or errno.EIO)
+                lost.append(plan)
+            else:
+                set_entry(image, place, plan.host | COPIED)
+                if plan.fresh:
+                    free_entry(image, plan.entry, "never")
+    if lost and not image.dead:
+        await give_back(image, lost)
+
+
+def set_entry(image: Image, place: Place, entry: int) -> None:
+    """Change an L2 entry in memory; no await may lie between finding the place and this."""
+    place.slice.table[place.index] = entry
+    image.l2.mark(place.slice)
+
+
+def free_entry(image: Image, entry: int, reason: str) -> None:
+    """Give up the clusters that an L2 entry referred to."""
+    if entry & COMPRESSED:
+        offset, length = compressed_extent(entry, image.cluster_bits)
+        first = offset >> image.cluster_bits
+        image.free(first, (offset + length - 1 >> image.cluster_bits) - first + 1, reason)
+    elif entry & OFFSET_MASK:
+        image.free((entry & OFFSET_MASK) >> image.cluster_bits, 1, reason)
+
+
+async def writable_slice(image: Image, guest: int) -> Place:
+    """Return the place of a guest cluster's L2 entry, in a table that is ours alone.
+
+    Called under the lock. A missing table is made, a shared one copied.
+    Raises OSError, Corruption.
+    """
+    index = guest >> image.cluster_bits + image.l2_bits
+    entry = image.l1[index] if index < len(image.l1) else 0
+    if not entry & COPIED or not entry & OFFSET_MASK:
+        await _own_table(image, index, entry & OFFSET_MASK)
+    place = await find_slice(image, guest)
+    assert place is not None
+    return place
+
+
+async def _own_table(image: Image, index: int, old: int) -> None:
+    """Give L1 entry `index` a table of its own: empty, or a copy of the shared one at `old`."""
+    if old & image.cluster_size - 1:
+        raise Corruption(f"L2 table offset {old:#x} unaligned (L1 index: {index:#x})")
+    await image.before_change()
+    cluster = await image.refcounts.allocate_run(1, "L2 table")
+    offset = cluster << image.cluster_bits
+    try:
+        await image.check_overlap(offset, image.cluster_size)
+        await image.zero_cluster(offset)
+        if old:
+            await image.file.pwrite(offset, await image.read_metadata(old, image.cluster_size))
+    except BaseException:
+        if not image.dead:
+            await image.refcounts.give_back([(cluster, 1)])
+        raise
+    image.set_l1(index, offset | COPIED)
+    if old:
+        image.free(old >> image.cluster_bits, 1, "other")

@@ -1,0 +1,178 @@
+"""Zero writes and discards of a qcow2 image: whole clusters change their L2 entries only.
+
+Version 3 marks a cluster as zero; version 2 has no such mark, so there only images without a
+backing file can forget clusters. Parts of clusters are written.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qmpd.block.batch import Batch, WriteFlags
+from qmpd.drivers._qcow2_image import Corruption, Image
+from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, map_range
+from qmpd.drivers._qcow2_write import free_entry, writable_slice, write_batch
+from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO
+from qmpd.units import align_down, align_up
+
+if TYPE_CHECKING:
+    from qmpd.block.child import Child
+
+Change = Callable[[int], tuple[int, bool]]
+"""Old L2 entry -> new entry, and whether what the old one referred to is given up."""
+
+
+async def zero_range(
+    image: Image, offset: int, length: int, flags: WriteFlags, backing: Child | None, size: int
+) -> None:
+    """Make [offset, offset + length) read as zeroes. Raises OSError.
+
+    size   bytes of the guest disk; a last cluster that reaches beyond it counts as whole
+    With NO_FALLBACK nothing is written as data: ENOTSUP instead, before anything has changed.
+    """
+    cluster = image.cluster_size
+    end = offset + length
+    start, stop = align_up(offset, cluster), align_down(end, cluster)
+    if end == size:
+        stop = align_up(end, cluster)
+    parts = [(offset, end)] if start > stop else [(offset, start), (min(stop, end), end)]
+    if start < stop and image.header.version < 3 and backing is not None:
+        raise OSError(errno.ENOTSUP, "version 2 cannot zero clusters over a backing file")
+    data = [(a, b) for a, b in parts if a < b and not await _reads_zero(image, a, b - a, backing)]
+    if data and flags & WriteFlags.NO_FALLBACK:
+        raise OSError(errno.ENOTSUP, "parts of clusters can only be written")
+    for a, b in data:
+        batch = Batch.single(a, memoryview(bytes(b - a)))
+        await write_batch(image, batch, backing, size)
+        batch.raise_first()
+    if start >= stop:
+        return
+    if image.header.version < 3:
+        await _change(image, start, stop, _forget)
+        return
+    unmap = bool(flags & WriteFlags.MAY_UNMAP)
+    keep = image.settings.discard_no_unref
+
+    def zero(entry: int) -> tuple[int, bool]:
+        if entry & COMPRESSED or (unmap and entry & OFFSET_MASK and not keep):
+            return ZERO, True
+        return entry | ZERO, False
+
+    kept = await _change(image, start, stop, zero)
+    if unmap and keep:
+        await _discard_kept(image, kept)
+
+
+async def _reads_zero(image: Image, offset: int, length: int, backing: Child | None) -> bool:
+    """Say whether a range reads as zeroes by what the tables say."""
+    try:
+        runs = await map_range(image, offset, length)
+    except Corruption as found:
+        raise OSError(await image.fail(found), found.text) from found
+    return all(
+        run.kind in (ZERO_PLAIN, ZERO_ALLOC)
+        or (run.kind is UNALLOCATED and (backing is None or run.offset >= backing.size))
+        for run in runs
+    )
+
+
+async def discard_range(image: Image, offset: int, length: int, backing: Child | None, size: int) -> None:
+    """Forget the whole clusters of a range. Raises OSError.
+
+    They read as zeroes afterwards in version 3; version 2 keeps clusters over a backing file,
+    whose old contents would show.
+    """
+    cluster = image.cluster_size
+    end = offset + length
+    start, stop = align_up(offset, cluster), align_down(end, cluster)
+    if end == size:
+        stop = align_up(end, cluster)
+    if start >= stop or (image.header.version < 3 and backing is not None):
+        return
+    if image.header.version < 3:
+        await _change(image, start, stop, _forget, make_tables=False)
+        return
+    keep = image.settings.discard_no_unref
+    covered = backing is not None
+
+    def discard(entry: int) -> tuple[int, bool]:
+        if not entry and not covered:
+            return entry, False
+        if keep and entry & OFFSET_MASK and not entry & COMPRESSED:
+            return entry | ZERO, False
+        return ZERO, True
+
+    kept = await _change(image, start, stop, discard, make_tables=covered)
+    if keep:
+        await _discard_kept(image, kept)
+
+
+def _forget(_entry: int) -> tuple[int, bool]:
+    return 0, True
+
+
+async def _discard_kept(image: Image, kept: list[int]) -> None:
+    """Pass the discard of clusters that keep their place on to the file, if the options want it."""
+    if "request" in image.settings.pass_discard:
+        for host in kept:
+            await image.discard_host(host, image.cluster_size)
+
+
+async def _change(image: Image, start: int, stop: int, change: Change, *, make_tables: bool = True) -> list[int]:
+    """Apply `change` to the L2 entries of whole clusters [start, stop).
+
+    Returns the host offsets of clusters that kept their place and became zero. Without
+    `make_tables`, where there is no L2 table there is nothing to change. Raises OSError.
+    """
+    mine = await image.owned.acquire([(start, stop, True)])
+    kept: list[int] = []
+    try:
+        generation = image.enter()
+        try:
+            async with image.lock:
+                await image.before_change()
+                offset = start
+                while offset < stop:
+                    span = image.cluster_bits + image.slice_bits
+                    slice_end = min(stop, (offset >> span) + 1 << span)
+                    if make_tables or _has_table(image, offset):
+                        await _change_slice(image, offset, slice_end, change, kept)
+                    offset = slice_end
+        except Corruption as found:
+            raise OSError(await image.fail(found), found.text) from found
+        finally:
+            image.leave(generation)
+    finally:
+        image.owned.release(mine)
+    if image.crowded and not image.dead:
+        await image.write_metadata()
+    return kept
+
+
+def _has_table(image: Image, guest: int) -> bool:
+    index = guest >> image.cluster_bits + image.l2_bits
+    return index < len(image.l1) and bool(image.l1[index] & OFFSET_MASK)
+
+
+async def _change_slice(image: Image, start: int, stop: int, change: Change, kept: list[int]) -> None:
+    place = await writable_slice(image, start)
+    table = place.slice.table
+    changed = False
+    for index in range(place.index, place.index + (stop - start >> image.cluster_bits)):
+        old = table[index]
+        new, given_up = change(old)
+        if new == old:
+            continue
+        if old & image.cluster_size - 1 & OFFSET_MASK and not old & COMPRESSED:
+            guest = start + (index - place.index << image.cluster_bits)
+            raise Corruption(f"Cannot free unaligned cluster {old & OFFSET_MASK:#x} (guest offset: {guest:#x})")
+        table[index] = new
+        changed = True
+        if given_up:
+            free_entry(image, old, "request")
+        elif old & OFFSET_MASK and new & ZERO:
+            kept.append(old & OFFSET_MASK)
+    if changed:
+        image.l2.mark(place.slice)

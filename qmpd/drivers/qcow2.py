@@ -1,0 +1,207 @@
+"""qcow2: the image format with allocation on demand, backing files and snapshots, version 2 and 3.
+
+Options: BlockdevOptionsQcow2 (qapi/block-drivers.json). The parts: `_qcow2_open` checks and
+opens, `_qcow2_image` holds the metadata and its order on disk, `_qcow2_map`, `_read`, `_write`
+and `_zero` serve the guest, `_check` repairs, `_create` makes images. Messages: as the reference.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.child import Child
+from qmpd.block.node import BlockNode, Extent
+from qmpd.block.perm import ChildRole
+from qmpd.drivers._qcow2_check import check_image
+from qmpd.drivers._qcow2_image import Corruption, Image
+from qmpd.drivers._qcow2_map import map_range
+from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
+from qmpd.drivers._qcow2_options import Qcow2Options
+from qmpd.drivers._qcow2_read import read_batch
+from qmpd.drivers._qcow2_resize import resize
+from qmpd.drivers._qcow2_write import write_batch
+from qmpd.drivers._qcow2_zero import discard_range, zero_range
+from qmpd.errors import CommandError
+from qmpd.formats.qcow2 import ClusterType
+from qmpd.formats.qcow2_header import COMPRESSION_TYPES, CORRUPT, DIRTY, LAZY_REFCOUNTS
+from qmpd.qapi.registry import driver
+from qmpd.units import SECTOR
+
+log = logging.getLogger(__name__)
+
+
+@driver("qcow2", schema="BlockdevOptionsQcow2", options=Qcow2Options)
+class Qcow2Node(BlockNode):
+    """A qcow2 image."""
+
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.IMAGE}
+    supports_backing = True
+    opens_writing = True
+
+    image: Image
+
+    async def open(self, options: Qcow2Options) -> None:
+        """Check and open the image; repair it if it was not closed and is to be written."""
+        self.file = options.file
+        unmap = self.node_options.discard == "unmap"
+        image = await open_image(options, writable=self.writable, unmap=unmap, report=self._report)
+        self.image = image
+        header = image.header
+        image.bitmaps = await read_bitmaps(image)
+        if self.writable:
+            await clear_autoclear(image)
+            if header.incompatible & DIRTY:
+                await self._repair()
+        self.size = header.size // SECTOR * SECTOR
+        self.zero_alignment = header.cluster_size
+        self.backing_file = header.backing_file.decode("utf-8", "surrogateescape") or None
+        self.backing_format = header.backing_format.decode("utf-8", "surrogateescape") or None
+
+    async def _repair(self) -> None:
+        """Repair an image whose refcounts were not written back, and mark it clean."""
+        try:
+            result = await check_image(self.image, fix_leaks=True, fix_errors=True)
+        except OSError as error:
+            raise CommandError("Could not repair dirty image") from error
+        if result.check_errors:
+            raise CommandError("Could not repair dirty image")
+
+    def _report(self, message: str, offset: int | None, size: int | None, fatal: bool) -> None:
+        self.graph.events.emit(
+            "BLOCK_IMAGE_CORRUPTED",
+            device="",
+            node_name=self.name,
+            msg=message,
+            offset=offset,
+            size=size,
+            fatal=fatal,
+        )
+
+    async def close(self) -> None:
+        """Write what is in memory and mark the image clean."""
+        try:
+            await self.image.close()
+        except OSError as error:
+            log.error("qcow2 node '%s': writing metadata at close failed: %s", self.name, error.strerror)
+
+    # --- I/O --------------------------------------------------------------------------------------
+
+    def _backing(self) -> Child | None:
+        return self.children.get("backing")
+
+    async def preadv(self, batch: Batch) -> None:
+        """Read from clusters, the backing file, or nothing at all."""
+        await read_batch(self.image, batch, self._backing())
+
+    async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
+        """Write into clusters, allocating those that are missing or shared."""
+        await write_batch(self.image, batch, self._backing(), self.size)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
+        """Mark whole clusters as zero; write zeroes to parts of clusters."""
+        await zero_range(self.image, offset, length, flags, self._backing(), self.size)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Forget whole clusters."""
+        await discard_range(self.image, offset, length, self._backing(), self.size)
+
+    async def flush(self) -> None:
+        """Make data and metadata durable."""
+        if self.image.dead:
+            raise OSError(errno.ENOMEDIUM, "the image is corrupt")
+        if self.image.writable:
+            await self.image.flush()
+        else:
+            await super().flush()
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        """Return what this layer holds; where it holds nothing, whether the backing file could."""
+        generation = self.image.enter()
+        try:
+            runs = await map_range(self.image, offset, length)
+        except Corruption as found:
+            raise OSError(await self.image.fail(found), found.text) from found
+        finally:
+            self.image.leave(generation)
+        backing = self._backing()
+        end = 0 if backing is None else backing.size
+        below = self.file.node
+        extents: list[Extent] = []
+        for kind, at, size, host in runs:
+            if kind is ClusterType.NORMAL:
+                extents.append(Extent(at, size, data=True, zero=False, host=host, file=below))
+            elif kind is ClusterType.COMPRESSED:
+                extents.append(Extent(at, size, data=True, zero=False, compressed=True))
+            elif kind is ClusterType.ZERO_ALLOC:
+                extents.append(Extent(at, size, data=False, zero=True, host=host, file=below))
+            elif kind is ClusterType.ZERO_PLAIN:
+                extents.append(Extent(at, size, data=False, zero=True))
+            else:
+                inside = max(min(size, end - at), 0)
+                if inside:
+                    extents.append(Extent(at, inside, data=False, zero=False, allocated=False))
+                if inside < size:
+                    extents.append(Extent(at + inside, size - inside, data=False, zero=True, allocated=False))
+        return _joined(extents)
+
+    async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """Grow or shrink the guest disk; what is new reads as zeroes."""
+        self.size = await resize(self.image, size, self.size, self._backing(), preallocation)
+
+    # --- descriptions -----------------------------------------------------------------------------
+
+    def image_info(self) -> dict[str, Any]:
+        """ImageInfoSpecificQCow2 and what else the image says of itself."""
+        header = self.image.header
+        data: dict[str, Any] = {
+            "compat": "0.10" if header.version == 2 else "1.1",
+            "compression-type": COMPRESSION_TYPES[header.compression_type],
+            "refcount-bits": 1 << header.refcount_order,
+        }
+        if header.version >= 3:
+            data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
+            data["corrupt"] = bool(header.incompatible & CORRUPT)
+            data["extended-l2"] = False
+            if self.image.bitmaps:
+                data["bitmaps"] = [bitmap.to_qapi() for bitmap in self.image.bitmaps]
+        info: dict[str, Any] = {
+            "cluster-size": header.cluster_size,
+            "dirty-flag": bool(header.incompatible & DIRTY),
+            "format-specific": {"type": "qcow2", "data": data},
+        }
+        if self.image.snapshots:
+            info["snapshots"] = [snapshot.to_qapi() for snapshot in self.image.snapshots]
+        return info
+
+
+def _joined(extents: list[Extent]) -> list[Extent]:
+    """Join neighbours that a caller cannot tell apart."""
+    joined: list[Extent] = []
+    for one in extents:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and (last.data, last.zero, last.allocated, last.compressed)
+            == (one.data, one.zero, one.allocated, one.compressed)
+            and (
+                (last.host is None and one.host is None)
+                or (last.host is not None and one.host == last.host + last.length)
+            )
+        ):
+            joined[-1] = Extent(
+                last.offset,
+                last.length + one.length,
+                data=last.data,
+                zero=last.zero,
+                allocated=last.allocated,
+                host=last.host,
+                file=last.file,
+                compressed=last.compressed,
+            )
+        else:
+            joined.append(one)
+    return joined

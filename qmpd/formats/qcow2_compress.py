@@ -1,0 +1,57 @@
+"""Compressed clusters of qcow2: zlib (raw deflate) and, where a decoder is installed, zstd."""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from typing import Any
+
+ZLIB, ZSTD = 0, 1
+"""Compression types of the header."""
+
+_WINDOW_BITS = -15
+"""Raw deflate; QEMU writes with a window of 12 bits, other writers may use more."""
+
+
+def _find_zstd() -> Any:
+    for name in ("compression.zstd", "backports.zstd"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+_zstd = _find_zstd()
+_DAMAGED: tuple[type[Exception], ...] = (zlib.error,) if _zstd is None else (zlib.error, _zstd.ZstdError)
+
+
+def can_decompress(kind: int) -> bool:
+    """Say whether clusters of this compression type can be read here."""
+    return kind == ZLIB or (kind == ZSTD and _zstd is not None)
+
+
+def decompress(kind: int, data: bytes | bytearray | memoryview, size: int) -> bytes:
+    """Return the `size` bytes of a cluster; what follows the stream in `data` is ignored.
+
+    Raises ValueError if the stream is damaged or ends early; never makes more than `size` bytes.
+    """
+    try:
+        if kind == ZLIB:
+            cluster = zlib.decompressobj(_WINDOW_BITS).decompress(data, size)
+        else:
+            cluster = _decompress_zstd(data, size)
+    except _DAMAGED as error:
+        raise ValueError(f"compressed cluster is damaged: {error}") from error
+    if len(cluster) != size:
+        raise ValueError(f"compressed cluster holds {len(cluster)} bytes, expected {size}")
+    return cluster
+
+
+def _decompress_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
+    """Decompress one frame; it may come in several pieces even where all input is there."""
+    decoder = _zstd.ZstdDecompressor()
+    cluster: bytes = decoder.decompress(bytes(data), size)
+    while len(cluster) < size and not decoder.eof and not decoder.needs_input:
+        cluster += decoder.decompress(b"", size - len(cluster))
+    return cluster

@@ -1,0 +1,133 @@
+"""The snapshot table and the bitmap directory of qcow2: bytes in, values out.
+
+Source: docs/interop/qcow2.txt of QEMU, sections "Snapshots" and "Bitmaps".
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from qmpd.errors import CommandError
+from qmpd.formats.qcow2 import SNAPSHOT_HEADER_SIZE
+from qmpd.units import align_up
+
+MAX_EXTRA = 1024
+"""Bytes of extra data in a snapshot table entry at most (the reference's limit)."""
+
+MAX_TABLE = 64 << 20
+"""Bytes of the whole snapshot table at most (the reference's limit)."""
+
+BITMAP_IN_USE = 1
+BITMAP_AUTO = 2
+
+_SNAPSHOT = struct.Struct(">QIHHIIQII")
+_BITMAP = struct.Struct(">QIIBBHI")
+assert _SNAPSHOT.size == SNAPSHOT_HEADER_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An internal snapshot; sizes in bytes, l1_size in entries, icount None if not recorded."""
+
+    l1_table_offset: int
+    l1_size: int
+    identifier: str
+    name: str
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    vm_state_size: int
+    disk_size: int | None
+    icount: int | None
+
+    def to_qapi(self) -> dict[str, object]:
+        """Return the SnapshotInfo of this snapshot."""
+        info: dict[str, object] = {
+            "id": self.identifier,
+            "name": self.name,
+            "vm-state-size": self.vm_state_size,
+            "date-sec": self.date_sec,
+            "date-nsec": self.date_nsec,
+            "vm-clock-sec": self.vm_clock_nsec // 1_000_000_000,
+            "vm-clock-nsec": self.vm_clock_nsec % 1_000_000_000,
+        }
+        if self.icount is not None:
+            info["icount"] = self.icount
+        return info
+
+
+def snapshot_entry_size(head: bytes | bytearray | memoryview, index: int) -> int:
+    """Return the bytes of the entry whose fixed part is `head`, padding included.
+
+    Raises CommandError for more extra data than the reference reads.
+    """
+    fields = _SNAPSHOT.unpack_from(head)
+    if fields[8] > MAX_EXTRA:
+        raise CommandError(
+            f"Too much extra metadata in snapshot table entry {index}",
+            hint="You can force-remove this extra metadata with qemu-img check -r all",
+        )
+    return align_up(SNAPSHOT_HEADER_SIZE + int(fields[8]) + int(fields[2]) + int(fields[3]), 8)
+
+
+def parse_snapshot(data: bytes | bytearray | memoryview) -> Snapshot:
+    """Return the snapshot whose whole entry is `data` (missing bytes count as zeroes)."""
+    offset, l1_size, id_size, name_size, sec, nsec, clock, vm_size, extra_size = _SNAPSHOT.unpack_from(data)
+    at = SNAPSHOT_HEADER_SIZE
+    extra = bytes(data[at : at + extra_size])
+    at += extra_size
+    identifier = bytes(data[at : at + id_size]).decode("utf-8", "replace")
+    name = bytes(data[at + id_size : at + id_size + name_size]).decode("utf-8", "replace")
+    if extra_size >= 8:
+        vm_size = struct.unpack_from(">Q", extra)[0]
+    disk_size = struct.unpack_from(">Q", extra, 8)[0] if extra_size >= 16 else None
+    icount = struct.unpack_from(">Q", extra, 16)[0] if extra_size >= 24 else None
+    if icount == (1 << 64) - 1:
+        icount = None
+    return Snapshot(offset, l1_size, identifier, name, sec, nsec, clock, vm_size, disk_size, icount)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBitmap:
+    """An entry of the bitmap directory.
+
+    at     byte offset of the entry in the directory     table_size  entries of its table
+    """
+
+    at: int
+    table_offset: int
+    table_size: int
+    flags: int
+    granularity_bits: int
+    name: str
+
+    def to_qapi(self) -> dict[str, object]:
+        """Return the Qcow2BitmapInfo of this bitmap."""
+        flags = [text for bit, text in ((BITMAP_IN_USE, "in-use"), (BITMAP_AUTO, "auto")) if self.flags & bit]
+        return {"name": self.name, "granularity": 1 << self.granularity_bits, "flags": flags}
+
+
+FLAGS_OFFSET = 12
+"""Where the flags lie in an entry of the bitmap directory."""
+
+
+def parse_bitmap_directory(data: bytes | bytearray | memoryview, count: int) -> list[StoredBitmap]:
+    """Return the entries of a bitmap directory. Raises CommandError if they are not `count`."""
+    found: list[StoredBitmap] = []
+    at = 0
+    while at + _BITMAP.size <= len(data):
+        table, size, flags, _kind, granularity, name_size, extra_size = _BITMAP.unpack_from(data, at)
+        length = align_up(_BITMAP.size + extra_size + name_size, 8)
+        if at + length > len(data) or granularity > 31 or name_size == 0 or name_size > 1023:
+            raise CommandError("Broken bitmap directory")
+        if extra_size:
+            raise CommandError("Bitmap extra data is not supported")
+        if len(found) == count:
+            raise CommandError("More bitmaps found than specified in header extension")
+        name = bytes(data[at + _BITMAP.size : at + _BITMAP.size + name_size]).decode("utf-8", "replace")
+        found.append(StoredBitmap(at, table, size, flags, granularity, name))
+        at += length
+    if len(found) != count:
+        raise CommandError("Less bitmaps found than specified in header extension")
+    return found
