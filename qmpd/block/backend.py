@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MAX_OFFSET = (1 << 63) - 1
+
 
 class BlockBackend:
     """A parent of one node at most (none: no medium).
@@ -43,6 +45,8 @@ class BlockBackend:
         self.name, self.label = name, label
         self.root: Child | None = None
         self.stats = AccountedStats()
+        self.may_grow = False
+        """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
         self._in_flight = 0
         self._quiesced = 0
         self._admission: list[asyncio.Future[None]] = []
@@ -177,7 +181,7 @@ class BlockBackend:
 
     def _within(self, batch: Batch, node: BlockNode, *, writing: bool) -> Batch:
         """Return the requests that may go on; the others are marked."""
-        size = node.size
+        size = MAX_OFFSET if writing and self.may_grow else node.size
         if writing and node.read_only:
             batch.fail(errno.EPERM)
             self.stats.invalid_wr_operations += len(batch)
@@ -220,7 +224,8 @@ class BlockBackend:
             if root.node.read_only:
                 self.stats.note_invalid(kind)
                 raise OSError(errno.EPERM, "read-only node")
-            if offset < 0 or length < 0 or offset + length > root.node.size:
+            size = MAX_OFFSET if self.may_grow else root.node.size
+            if offset < 0 or length < 0 or offset + length > size:
                 self.stats.note_invalid(kind)
                 raise OSError(errno.EIO, "beyond the end")
             begun = time.monotonic_ns()
