@@ -200,7 +200,8 @@ def _member_problems(
     wanted = {snake_case(member.name): member for member in members}
     for name, part in parts.items():
         if (member := wanted.get(name)) is None:
-            yield f"{here}.{name} is no member of '{owner.name}', {owner.place}"
+            shown = owner.name.removeprefix("q_obj_").removesuffix("-arg")
+            yield f"{here}.{name} is no member of '{shown}', {owner.place}"
             continue
         spelt = f"*{member.name}" if member.optional else member.name
         there = f"{_place(owner, spelt, schema)} has '{spelt}'"

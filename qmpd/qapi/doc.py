@@ -130,7 +130,9 @@ def _entry(schema: Schema, storage_daemon: Schema, entity: Entity) -> list[str]:
         ObjectType: "union" if isinstance(entity, ObjectType) and entity.tag else "struct",
     }[type(entity)]
     both = entity.name in {**storage_daemon.commands, **storage_daemon.events, **storage_daemon.types}
-    lines = [f"### {entity.name}", "", f"*{kind}*{' †' if both else ''}", "", _marked(doc.text), ""]
+    lines = [f"### {entity.name}", "", f"*{kind}*{' †' if both else ''}", ""]
+    if doc.text:
+        lines += [_marked(doc.text), ""]
     if isinstance(entity, EnumType):
         lines += [f"- `{value.name}`: {_marked(doc.members.get(value.name, ''))}" for value in entity.values]
     elif isinstance(entity, AlternateType):

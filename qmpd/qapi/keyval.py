@@ -60,7 +60,10 @@ def parse_uint64(text: str) -> int | None:
 
 
 def parse_size(text: str) -> int | None:
-    """Return the bytes of "512", "1.5M", "0x200": a fraction needs a suffix, hexadecimal takes none."""
+    """Return the bytes of "512", "1.5M", "0x200": a fraction needs a suffix, hexadecimal takes none.
+
+    What a fraction leaves below a byte is rounded to the nearest.
+    """
     match = _SIZE.fullmatch(text)
     if match is None:
         return None
@@ -75,7 +78,8 @@ def parse_size(text: str) -> int | None:
         if fraction and fraction.strip("0"):
             if shift == 0:
                 return None
-            value += (int(fraction) << shift) // 10 ** len(fraction)
+            whole_fraction = 10 ** len(fraction)
+            value += ((int(fraction) << shift) + whole_fraction // 2) // whole_fraction
     return value if value < _U64 else None
 
 
