@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from qmpd.crypto.af import MAX_MATERIAL
 from qmpd.crypto.cipher import CipherSpec, check_spec
 from qmpd.crypto.hashes import digest_size
-from qmpd.crypto.ivgen import kind_of
+from qmpd.crypto.ivgen import IvKind, kind_of
 from qmpd.errors import CommandError
 from qmpd.formats.layout import Layout, bytes6, bytes20, bytes32, bytes40, u16, u32
 from qmpd.units import SECTOR, align_up
@@ -208,7 +208,8 @@ def _parse_names(phdr: Phdr) -> tuple[CipherSpec, str]:
     hash_name = text_of(phdr.hash_spec)
     check_spec(replace(spec, iv="plain64", iv_hash=None))  # cipher, mode and key length alone
     digest_size(hash_name)
-    kind_of(iv)
+    if kind_of(iv) is IvKind.NULL:  # equal sectors would look equal
+        raise CommandError(f"IV generator '{iv}' not supported")
     check_spec(spec)
     return spec, hash_name
 

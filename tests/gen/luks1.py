@@ -138,6 +138,7 @@ BROKEN: list[Broken] = [
     _mode("xts-", "IV generator '' not supported"),
     _mode("xts-foo", "IV generator 'foo' not supported"),
     _mode("xts-plain64-foo", "IV generator 'plain64-foo' not supported"),
+    _mode("xts-null", "IV generator 'null' not supported"),
     _mode("XTS-plain64", "Cipher mode 'XTS' not supported"),
     _mode("foo-plain64", "Cipher mode 'foo' not supported"),
     _mode("foo-foo", "Cipher mode 'foo' not supported"),
