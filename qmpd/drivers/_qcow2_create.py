@@ -1,4 +1,4 @@
-"""Making a qcow2 image: all metadata is written in place, nothing has to grow later.
+"""Making a qcow2 image: all metadata is written at once, nothing has to grow later.
 
 Layout: header, refcount table, refcount blocks, L1 table, then for preallocated images the L2
 tables and the data clusters. The header is written last: before it there is no image.
@@ -194,9 +194,9 @@ async def _write_l1(file: Target, header: Header, layout: _Layout) -> None:
     cluster = header.cluster_size
     if not layout.l2:
         if layout.l1:
-            await file.pwrite_zeroes(header.l1_table_offset, layout.l1 * cluster)
+            await file.pwrite_zeroes(header.l1_table_offset, header.l1_size * ENTRY_SIZE)
         return
-    table = zero_entries(layout.l1 * cluster // ENTRY_SIZE)
+    table = zero_entries(header.l1_size)
     per_table = cluster // ENTRY_SIZE
     data = layout.first_data
     left = layout.data

@@ -14,7 +14,6 @@ from qmpd.block.child import Child
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
 from qmpd.drivers._qcow2_create import create_qcow2
-from qmpd.errors import CommandError
 from qmpd.qapi.registry import creator
 from qmpd.units import KiB
 
@@ -25,13 +24,9 @@ class Qcow2CreateOptions:
 
     file: str | Mapping[str, Any]
     size: int
-    data_file: str | Mapping[str, Any] | None = None
-    data_file_raw: bool = False
-    extended_l2: bool = False
     version: str = "v3"
     backing_file: str | None = None
     backing_fmt: str | None = None
-    encrypt: dict[str, Any] | None = None
     cluster_size: int = 64 * KiB
     preallocation: str = "off"
     lazy_refcounts: bool = False
@@ -67,19 +62,7 @@ class Qcow2Creator:
             backend = BlockBackend(self._graph, lambda: "an unnamed block device", Perm.WRITE | Perm.RESIZE, Perm.ALL)
             try:
                 backend.insert(node)
-                _refuse_unbuilt(options)
                 await backend.visit(work)
             finally:
                 await backend.remove()
 
-
-def _refuse_unbuilt(options: Qcow2CreateOptions) -> None:
-    """Refuse, by name, what this program cannot make yet."""
-    unbuilt = {
-        "external data file": options.data_file is not None or options.data_file_raw,
-        "extended L2 entries": options.extended_l2,
-        "encryption": options.encrypt is not None,
-    }
-    names = [name for name, wanted in unbuilt.items() if wanted]
-    if names:
-        raise CommandError(f"Unsupported qcow2 feature(s): {', '.join(names)}")
