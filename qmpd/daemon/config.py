@@ -106,13 +106,11 @@ class Configurator:
 
     def read_export(self, text: str) -> dict[str, Any]:
         """Return the value of an --export option, checked. Raises CommandError, ValidationError."""
-        if "block-export-add" not in self._services.registry.commands:
-            raise CommandError("block exports are not available")
         return self.read(text, "type", "BlockExportOptions")
 
     async def start_nbd_server(self, ctx: CommandContext, text: str) -> None:
         """Start the NBD server of a --nbd-server option; its address has the flat form here."""
-        if "nbd-server-start" not in self._services.registry.commands:
+        if "NbdServerOptions" not in self._services.schema.types:
             raise CommandError("the NBD server is not available")
         members = self.read(text, None, "NbdServerOptions")
         address = dict(members.pop("addr"))

@@ -207,7 +207,7 @@ class Dispatcher:
         identity = request.get("id", _ABSENT) if type(request) is dict else _ABSENT
         name = "?"
         try:
-            name, arguments = _envelope(request, oob and session.oob)
+            name, arguments = _envelope(request, session.oob)
             result = await self._run(session, name, arguments, oob=oob)
         except QmpdError as error:
             session.reply(error_line(error.error_class, str(error), identity))
