@@ -39,6 +39,7 @@ async def query_block(ctx: Context) -> list[dict[str, Any]]:
         node = device.backend.node
         if node is not None:
             row["inserted"] = info.device_info(node, flat=False)
+            row["inserted"]["cache"]["writeback"] = device.write_cache
         reply.append(row)
     return reply
 
