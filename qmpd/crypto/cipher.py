@@ -18,6 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from qmpd.crypto.ivgen import IvKind, essiv_key, kind_of, plain_iv
+from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.units import is_power_of_two
 
@@ -163,11 +164,11 @@ class CompiledCipher:
         self._bytes_type, self._spans_type = native.ffi.typeof("uint8_t[]"), native.ffi.typeof("qmpd_span[]")
         self._name = spec.openssl_name.encode()
         self._kind = spec.iv_kind
-        self._key = bytearray(key)
-        self._essiv_name, self._essiv_key = b"", bytearray()
+        self._key = SecretBytes(key)
+        self._essiv_name, self._essiv_key = b"", SecretBytes(b"")
         if self._kind is IvKind.ESSIV:
             assert spec.iv_hash is not None
-            self._essiv_key = bytearray(essiv_key(spec.iv_hash, key))
+            self._essiv_key = SecretBytes(essiv_key(spec.iv_hash, key))
             self._essiv_name = f"{spec.cipher}-{len(self._essiv_key) * 8}-ecb".encode()
         self._idle: tuple[list[Any], list[Any]] = ([], [])  # decrypting, encrypting
         self._wiped = False
@@ -178,15 +179,16 @@ class CompiledCipher:
         if self._wiped:
             raise ValueError("the key was wiped")
         ffi = self._ffi
-        context = self._lib.qmpd_sectors_new(
-            self._name,
-            int(encrypt),
-            ffi.from_buffer(self._key),
-            self.sector_size,
-            int(self._kind),
-            self._essiv_name,
-            ffi.from_buffer(self._essiv_key),
-        )
+        with self._key.view() as key, self._essiv_key.view() as essiv:
+            context = self._lib.qmpd_sectors_new(
+                self._name,
+                int(encrypt),
+                ffi.from_buffer(key),
+                self.sector_size,
+                int(self._kind),
+                self._essiv_name,
+                ffi.from_buffer(essiv),
+            )
         if not context:
             raise CommandError(f"OpenSSL refuses this key for {self._name.decode()}")
         return ffi.gc(context, self._lib.qmpd_sectors_free)
@@ -228,8 +230,8 @@ class CompiledCipher:
     def wipe(self) -> None:
         """See `SectorCipher.wipe`."""
         self._wiped = True
-        for key in (self._key, self._essiv_key):
-            key[:] = bytes(len(key))
+        self._key.wipe()
+        self._essiv_key.wipe()
         for idle in self._idle:
             while idle:
                 self._ffi.release(idle.pop())
@@ -267,7 +269,7 @@ class ReferenceCipher:
         self.sector_size = spec.sector_size
         self._spec = spec
         self._kind = spec.iv_kind
-        self._key = bytearray(key)
+        self._key = SecretBytes(key)
         self._essiv: Cipher[Any] | None = None
         if self._kind is IvKind.ESSIV:
             assert spec.iv_hash is not None
@@ -277,10 +279,11 @@ class ReferenceCipher:
         iv = plain_iv(self._kind, sector, 16)
         if self._essiv is not None:
             iv = self._essiv.encryptor().update(iv)
-        return _reference_context(self._spec.cipher, self._spec.mode, self._key, iv)
+        with self._key.view() as key:
+            return _reference_context(self._spec.cipher, self._spec.mode, key, iv)
 
     def _run(self, spans: Sequence[Span], encrypt: bool) -> None:
-        if not any(self._key):
+        if not len(self._key):
             raise ValueError("the key was wiped")
         size = self.sector_size
         for sector, source, target in spans:
@@ -302,5 +305,5 @@ class ReferenceCipher:
 
     def wipe(self) -> None:
         """See `SectorCipher.wipe`."""
-        self._key[:] = bytes(len(self._key))
+        self._key.wipe()
         self._essiv = None
