@@ -99,7 +99,5 @@ def _check_rule(name: str, value: Any) -> Rule:
     match = values.string(f"{name}.match", rule["match"])
     policy = values.enum(f"{name}.policy", rule["policy"], POLICIES)
     style = values.enum(f"{name}.format", rule["format"], FORMATS) if "format" in rule else None
-    for member in rule:
-        if member not in ("match", "policy", "format"):
-            raise ValidationError(f"Parameter '{name}.{member}' is unexpected")
+    values.no_more(name, rule, ["match", "policy", "format"])
     return Rule(match, policy, style)

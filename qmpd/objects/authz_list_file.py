@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from qmpd.errors import CommandError, QmpdError, ValidationError
+from qmpd.errors import CommandError, QmpdError
 from qmpd.objects._authz import POLICIES, AccessList, Authz, check_rules
 from qmpd.qapi.registry import qom_type
 from qmpd.qom import values
@@ -101,9 +101,7 @@ def read_access_list(name: str) -> AccessList:
         raise CommandError(f"File '{name}' must contain a JSON object")
     policy = values.enum("policy", tree["policy"], POLICIES) if "policy" in tree else "deny"
     rules = check_rules("rules", tree["rules"]) if "rules" in tree else ()
-    for member in tree:
-        if member not in ("policy", "rules"):
-            raise ValidationError(f"Parameter '{member}' is unexpected")
+    values.no_more("", tree, ["policy", "rules"])
     return AccessList(policy, rules)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qmpd.errors import CommandError, ValidationError
+from qmpd.errors import CommandError
 from qmpd.qapi.registry import qom_type
 from qmpd.qom import values
 from qmpd.qom.object import Property, QomObject
@@ -26,10 +26,10 @@ _U64 = 1 << 64
 BUCKETS = ("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write")
 """The limits in the order in which they are checked."""
 LIMITS = (
-    *(f"{bucket}{suffix}" for bucket in reversed(BUCKETS) for suffix in ("", "-max", "-max-length")),
+    *(f"{bucket}{suffix}" for bucket in (*BUCKETS[3:], *BUCKETS[:3]) for suffix in ("", "-max", "-max-length")),
     "iops-size",
 )
-"""Members of ThrottleLimits: rates a second, burst lengths in seconds, iops-size in bytes."""
+"""Members of ThrottleLimits in the order of the schema: rates a second, burst lengths in seconds, iops-size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,7 @@ def _check_bucket(rate: int, burst: int, length: int) -> None:
 def _set_limits(self: ThrottleGroup, value: Any) -> None:
     given = values.struct("limits", value)
     numbers = {name: values.integer(f"limits.{name}", given[name]) for name in LIMITS if name in given}
-    for name in given:
-        if name not in numbers:
-            raise ValidationError(f"Parameter 'limits.{name}' is unexpected")
+    values.no_more("limits", given, list(numbers))
     self.change(numbers)
 
 

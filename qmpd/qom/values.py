@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qmpd.errors import ValidationError
+from qmpd.qapi.hashorder import first_left
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
@@ -48,3 +49,13 @@ def struct(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong_type(name, "object")
     return value
+
+
+def no_more(name: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise ValidationError if the object `name` has members that are not in `known`.
+
+    known  in the order they were visited, which decides which of several is reported
+    """
+    if any(member not in known for member in given):
+        member = first_left(list(given), [one for one in known if one in given])
+        raise ValidationError(f"Parameter '{name}{'.' if name else ''}{member}' is unexpected")

@@ -131,6 +131,7 @@ def test_setting_limits_changes_those_given_or_none() -> None:
         ({"zz": 5, "bps-total": "x"}, "Invalid parameter type for 'limits.bps-total', expected: integer"),
         ({"bps-total": 1 << 64}, "Invalid parameter type for 'limits.bps-total', expected: integer"),
         ({"zz": 5}, "Parameter 'limits.zz' is unexpected"),
+        ({"zz": 5, "yy": 6, "aa": 1}, "Parameter 'limits.aa' is unexpected"),
     ):
         with pytest.raises(QmpdError) as caught:
             group.set_property("limits", value)
