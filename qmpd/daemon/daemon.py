@@ -23,7 +23,7 @@ from qmpd.jobs.job import JobManager
 from qmpd.monitor.dispatch import CommandContext, Dispatcher
 from qmpd.monitor.session import greeting_line
 from qmpd.qapi import schema as qapi_schema
-from qmpd.qapi.registry import discover
+from qmpd.qapi.check import registered
 from qmpd.qapi.visit import validate
 from qmpd.qom.tree import ObjectTree
 
@@ -40,10 +40,10 @@ class Daemon:
     """Services, monitors and dispatcher of one process, on the running loop."""
 
     def __init__(self, program: str, schema: qapi_schema.Schema) -> None:
+        registry = registered(schema)
         self._loop = asyncio.get_running_loop()
         self._ending: asyncio.Future[str] = self._loop.create_future()
         self._data_loop = DataLoop()
-        registry = discover()
         events = EventBus(schema.events)
         events.bind(self._loop)
         objects = ObjectTree(registry)

@@ -16,13 +16,18 @@ from qmpd.daemon.start import Done, Failure, Start
 from qmpd.errors import QmpdError
 from qmpd.monitor.dispatch import CommandContext
 from qmpd.qapi import schema as qapi_schema
+from qmpd.qapi.ir import SchemaError
 
 
 async def run(program: str, start: Start, background: process.Background) -> int:
     """Build the daemon, serve, take it down; return the exit status."""
     storage = program == "qmpd-storage-daemon"
     root = qapi_schema.STORAGE_DAEMON_ROOT if storage else qapi_schema.SYSTEM_ROOT
-    daemon = Daemon(program, qapi_schema.load(root))
+    try:
+        daemon = Daemon(program, qapi_schema.load(root))
+    except SchemaError as error:
+        start.complaints.say(f"code and schema differ:\n{error}")
+        return 1
     pid_file: process.PidFile | None = None
     status = 0
     try:

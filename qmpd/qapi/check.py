@@ -18,9 +18,19 @@ from typing import Any, NamedTuple
 from qmpd.qapi import hints
 from qmpd.qapi.bind import UNBOUND
 from qmpd.qapi.hints import Atom
-from qmpd.qapi.ir import BUILTIN_JSON_TYPES, AlternateType, Command, Entity, EnumType, Event, Member, ObjectType
-from qmpd.qapi.registry import ClassEntry, CommandEntry, Registry
-from qmpd.qapi.schema import Schema
+from qmpd.qapi.ir import (
+    BUILTIN_JSON_TYPES,
+    AlternateType,
+    Command,
+    Entity,
+    EnumType,
+    Event,
+    Member,
+    ObjectType,
+    SchemaError,
+)
+from qmpd.qapi.registry import ClassEntry, CommandEntry, Registry, discover
+from qmpd.qapi.schema import SYSTEM_ROOT, Schema, load
 from qmpd.qapi.visit import snake_case
 
 
@@ -56,6 +66,18 @@ def problems(registry: Registry, *schemas: Schema) -> list[str]:
     found += _jobtype_problems(registry, merged)
     found += _doc_problems(merged)
     return found
+
+
+def registered(schema: Schema) -> Registry:
+    """Import every plug-in and return what the program with this root registers.
+
+    Raises SchemaError, one problem a line, unless all the code agrees with the whole schema: that of
+    the system root, of which the other one is a part.
+    """
+    registry = discover()
+    if found := problems(registry, load(SYSTEM_ROOT)):
+        raise SchemaError("\n".join(found))
+    return registry_for(registry, schema)
 
 
 def registry_for(registry: Registry, schema: Schema) -> Registry:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qmpd.qapi import check
+from qmpd.qapi.ir import SchemaError
 from qmpd.qapi.registry import ClassEntry, CommandEntry, Registry, discover
 from qmpd.qapi.schema import STORAGE_DAEMON_ROOT, SYSTEM_ROOT, Schema, load, load_file
 
@@ -283,3 +284,14 @@ def test_the_programs_agree_with_their_schemas() -> None:
     assert check.problems(registry, system, daemon) == []
     assert check.problems(check.registry_for(registry, system), system) == []
     assert check.problems(check.registry_for(registry, daemon), daemon) == []
+
+
+def test_a_program_does_not_start_with_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(discover().commands, "no-such", CommandEntry("no-such", do_it))
+    with pytest.raises(SchemaError, match="handler of 'no-such', which no schema has"):
+        check.registered(load(STORAGE_DAEMON_ROOT))
+
+
+def test_a_started_program_has_its_own_commands_only() -> None:
+    assert "device_add" in check.registered(load(SYSTEM_ROOT)).commands
+    assert "device_add" not in check.registered(load(STORAGE_DAEMON_ROOT)).commands
