@@ -42,7 +42,7 @@ def request(
 ) -> bytes:
     if not extended:
         return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length) + payload
-    if payload:
+    if payload or command == WRITE:
         flags |= PAYLOAD
     return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length) + payload
 
