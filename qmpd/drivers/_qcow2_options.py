@@ -62,8 +62,8 @@ class Qcow2Options:
     l2_cache_entry_size: int | None = None
     refcount_cache_size: int | None = None
     cache_clean_interval: int | None = None
-    encrypt: Any = None
-    data_file: Any = None
+    encrypt: dict[str, Any] | None = None
+    data_file: Child | None = None
 
 
 @dataclass(slots=True)
