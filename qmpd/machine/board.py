@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qmpd.machine.bus import Bus, I2cBus, IdeBus, IsaBus, PciBus, PcieBus, SystemBus, UsbBus
 from qmpd.machine.device import FixedDevice
+from qmpd.qom.object import QomObject
 
 if TYPE_CHECKING:
     from qmpd.machine.machine import Machine
@@ -20,9 +21,23 @@ UHCI_PORTS = 2
 EHCI_PORTS = 6
 
 
+class BoardMemory(QomObject):
+    """The object behind the machine's memory: it is there to be listed and not deleted, and holds none."""
+
+    qom_type = "memory-backend-ram"
+    abstract = False
+    interfaces = ("user-creatable",)
+
+    def in_use(self) -> bool:
+        """See `QomObject.in_use`."""
+        return self.parent is not None
+
+
 def build(machine: Machine, board: str, *, usb: bool) -> SystemBus:
     """Make the board `board` ("pc", "q35" or "none") below `machine`; returns its root bus."""
     system = SystemBus()
+    if board != "none":
+        machine.objects.add("pc.ram", BoardMemory())
     machine.unattached.add_child("sysbus", system)
     if board == "pc":
         _build_pc(machine, system, usb=usb)

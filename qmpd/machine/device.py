@@ -14,7 +14,6 @@ from qmpd.machine.bus import Bus
 from qmpd.machine.property_tables import DeviceProperty
 from qmpd.machine.property_types import KINDS
 from qmpd.qom.object import Property, QomObject
-from qmpd.qom.types import TypeInfo
 
 if TYPE_CHECKING:
     from qmpd.machine.machine import Machine
@@ -200,7 +199,6 @@ class FixedDevice(Device):
     def __init__(self, machine: Machine, shown_type: str, address: int = -1) -> None:
         super().__init__(machine)
         self.shown_type = shown_type
-        machine.objects.types.add(TypeInfo(shown_type, "device"))
         self.values |= {"addr": address, "multifunction": True}
         self.realized = True
 

@@ -116,7 +116,7 @@ class DiskDevice(Device):
 
     def _describe(self) -> str:
         backend = self.backend
-        return f"block device '{backend.name if backend and backend.name else self.path}'"
+        return f"block device '{backend.name if backend and backend.name else self.qdev}'"
 
     def make_empty(self) -> None:
         """Give a drive without medium its backend."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpd.errors import CommandError, DeviceNotFound, device_not_found
-from qmpd.machine import board, lookup
+from qmpd.machine import board, lookup, types
 from qmpd.machine.bus import Bus
 from qmpd.machine.device import Device
 from qmpd.machine.disk import BlockDevice, DiskDevice
@@ -22,8 +22,7 @@ from qmpd.machine.unplug import Unplugger
 from qmpd.qapi.hashorder import dict_order
 from qmpd.qapi.registry import Registry
 from qmpd.qapi.registry import registry as default_registry
-from qmpd.qom.object import Container, QomObject, type_chain
-from qmpd.qom.types import TypeInfo
+from qmpd.qom.object import Container, QomObject
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
@@ -76,7 +75,7 @@ class Machine(QomObject):
         objects.root.add_child("machine", self)
         for name in ("unattached", "peripheral", "peripheral-anon"):
             self.add_child(name, getattr(self, name.replace("-", "_")))
-        self._add_types()
+        types.add_types(objects.types, registry, self.options.machine_type)
         self.system_bus = board.build(self, self.options.board, usb=self.options.usb)
         self.unplugger = Unplugger(self, self.options.guest)
 
@@ -84,16 +83,6 @@ class Machine(QomObject):
     def type_name(self) -> str:
         """See `QomObject.type_name`."""
         return self.options.machine_type
-
-    def _add_types(self) -> None:
-        types = self.objects.types
-        types.add_class(Machine)
-        types.add(TypeInfo(self.options.machine_type, "machine"))
-        for entry in self._registry.devices.values():
-            cls: type[Device] = entry.cls
-            types.add_class(cls)
-            parent = next(one.qom_type for one in list(type_chain(cls))[1:])
-            types.add(TypeInfo(cls.qom_type, parent, properties=cls.type_properties()))
 
     # --- run state --------------------------------------------------------------------------
 
@@ -126,9 +115,10 @@ class Machine(QomObject):
 
     @property
     def virtual_ms(self) -> int:
-        """Milliseconds that the machine has run for."""
-        now = 0.0 if self._running_since is None else self._clock() - self._running_since
-        return int((self._ran_before + now) * 1000)
+        """Milliseconds that the machine has run for; 0 only if it never did."""
+        if self._running_since is None:
+            return int(self._ran_before * 1000) + (self._ran_before > 0)
+        return int((self._ran_before + self._clock() - self._running_since) * 1000) + 1
 
     async def system_reset(self) -> None:
         """Reset; removals that the guest never answered are completed."""
@@ -247,9 +237,9 @@ class Machine(QomObject):
 
     def _refuse_known_type(self, driver: str) -> None:
         """Refuse a device type that device_add cannot make; other names are left to the caller."""
-        types = self.objects.types
-        if types.implements(driver, "device"):
-            if any(row["name"] == driver for row in types.list_types("device", abstract=False)):
+        known = self.objects.types
+        if known.implements(driver, "device"):
+            if any(row["name"] == driver for row in known.list_types("device", abstract=False)):
                 raise CommandError("Parameter 'driver' expects a pluggable device type")
             raise CommandError("Parameter 'driver' expects a non-abstract device type")
 

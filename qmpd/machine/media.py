@@ -114,7 +114,9 @@ async def change_medium(
     Raises CommandError; an image that cannot be opened changes nothing.
     """
     disk, _ = find_drive(machine, device, id_)
-    read_only = {"retain": disk.medium_was_read_only, "read-only": True, "read-write": False}[mode]
+    present = disk.node
+    retained = disk.medium_was_read_only if present is None else present.read_only
+    read_only = {"retain": retained, "read-only": True, "read-write": False}[mode]
     node = await _open_image(machine, filename, image_format, read_only=read_only, slow=slow)
     try:
         disk = _removable(machine, device, id_)

@@ -179,6 +179,14 @@ class VirtioPciDevice(PciDevice):
         owner = self.find_owner(name)
         return super().get_property(name) if owner is self else owner.get_property(name)
 
+    def set_property(self, name: str, value: Any) -> None:
+        """See `QomObject.set_property`; errors name the owner of the property."""
+        owner = self.find_owner(name)
+        if owner is self:
+            super().set_property(name, value)
+        else:
+            owner.set_property(name, value)
+
     def find_owner(self, name: str) -> Device:
         """See `Device.find_owner`."""
         backend = self.backend_device

@@ -42,13 +42,13 @@ class Unplugger:
         if not device.hotpluggable:
             raise CommandError(f"Device '{device.type_name}' does not support hotplugging")
         if not isinstance(bus, PciBus):
-            await self._remove(device)
+            self._tell(await self._machine.dismantle(device))
             return
         device.pending_unplug = True
         device.pending_until_ms = self._machine.virtual_ms
         slot: int = device.values["addr"] >> 3
         if self._policy.unplug is Unplug.ACK:
-            await self._eject(bus, slot)
+            self._tell(await self._eject(bus, slot))
         elif self._policy.unplug is Unplug.DELAY:
             self._later(bus, slot)
         elif self._policy.unplug is Unplug.REFUSE:
@@ -60,19 +60,26 @@ class Unplugger:
     async def machine_was_reset(self) -> None:
         """Complete what the guest never answered, lowest slot first."""
         pending, self._pending = self._pending, []
+        deleted: list[dict[str, Any]] = []
         for bus, slot in sorted(pending, key=lambda one: one[1]):
-            await self._eject(bus, slot)
+            deleted += await self._eject(bus, slot)
+        self._tell(deleted)
 
-    async def _eject(self, bus: PciBus, slot: int) -> None:
-        """Remove every device of a slot that may go; a bridge that was there from the start may not."""
+    async def _eject(self, bus: PciBus, slot: int) -> list[dict[str, Any]]:
+        """Remove every device of a slot that may go; a bridge that was there from the start may not.
+
+        Returns the data of the events.
+        """
+        deleted: list[dict[str, Any]] = []
         for device in bus.in_slot(slot):
             if device.hotpluggable and (device.hotplugged or not getattr(device, "is_bridge", False)):
-                await self._remove(device)
+                deleted += await self._machine.dismantle(device)
             else:
                 device.pending_unplug = False
+        return deleted
 
-    async def _remove(self, device: Device) -> None:
-        for data in await self._machine.dismantle(device):
+    def _tell(self, deleted: list[dict[str, Any]]) -> None:
+        for data in deleted:
             self._emit_soon("DEVICE_DELETED", data)
 
     def _emit_soon(self, name: str, data: dict[str, Any]) -> None:
@@ -82,7 +89,7 @@ class Unplugger:
     def _later(self, bus: PciBus, slot: int) -> None:
         async def answer() -> None:
             await asyncio.sleep(self._policy.delay_ms / 1000)
-            await self._eject(bus, slot)
+            self._tell(await self._eject(bus, slot))
 
         task = asyncio.ensure_future(answer())
         self._timers.add(task)
