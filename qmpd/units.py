@@ -48,7 +48,8 @@ def parse_size(text: str) -> int:
             raise ValueError(f"'{text}' is not a size")
         value = int(whole) << shift
         if fraction:
-            value += (int(fraction) << shift) // 10 ** len(fraction)
+            unit = 10 ** len(fraction)
+            value += ((int(fraction) << shift) + unit // 2) // unit
     if value >= 1 << 64:
         raise ValueError(f"'{text}' is more than 64 bits can hold")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qmpd.block import info
+from qmpd.block import info, stats
 from qmpd.context import Context
 from qmpd.jobs.block_job import BlockJob
 from qmpd.qapi.registry import command
@@ -56,7 +56,7 @@ async def query_blockstats(ctx: Context, *, query_nodes: bool = False) -> list[d
         node = device.backend.node
         row: dict[str, Any] = {"device": device.backend.name, "qdev": device.qdev}
         if node is None:
-            row["stats"] = info.stats.to_wire(device.backend.stats, 0)
+            row["stats"] = stats.to_wire(device.backend.stats, 0)
         else:
             row |= info.node_stats(node, device.backend, chain=True)
         reply.append(row)
