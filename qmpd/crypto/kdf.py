@@ -1,4 +1,4 @@
-"""Key derivation: PBKDF2, its cost limits, and how many iterations a wanted time buys.
+"""Key derivation: PBKDF2 and argon2, their cost limits, and how many iterations a wanted time buys.
 
 Every function here takes long on purpose and runs without the interpreter's lock: callers use a thread.
 """
@@ -11,6 +11,9 @@ import hashlib
 import os
 import time
 
+from argon2 import low_level
+from argon2.exceptions import HashingError
+
 from qmpd.crypto.hashes import digest_size
 from qmpd.errors import CommandError
 
@@ -20,8 +23,8 @@ makes such headers, but 2**32 - 1 of them would keep a thread busy for an hour."
 
 MAX_ARGON2_MEMORY_KIB = 4 * 1024 * 1024
 MAX_ARGON2_TIME = 1000
-MAX_ARGON2_PARALLEL = 4
-"""Limits of LUKS2's argon2 parameters: cryptsetup's own maxima (4 GiB, 4 threads), and passes beyond use."""
+MAX_ARGON2_CPUS = 16
+"""Limits of what a header may ask of argon2: 4 GiB as cryptsetup at most writes, passes and threads beyond any use."""
 
 _MAX_U32 = (1 << 32) - 1
 
@@ -78,3 +81,38 @@ def iterations_for(hash_name: str, length: int, milliseconds: int) -> int:
     if iterations > MAX_PBKDF2_ITERATIONS:
         raise CommandError(f"PBKDF iterations {iterations} larger than {MAX_PBKDF2_ITERATIONS}")
     return max(iterations, MIN_ITERATIONS)
+
+
+def check_argon2(time_cost: int, memory: int, cpus: int, what: str) -> None:
+    """Refuse argon2 costs that are impossible or beyond the limits. Raises CommandError.
+
+    memory   KiB, at least 8 for each thread
+    """
+    for found, low, high, name in (
+        (time_cost, 1, MAX_ARGON2_TIME, "passes"),
+        (cpus, 1, MAX_ARGON2_CPUS, "threads"),
+        (memory, 8 * max(cpus, 1), MAX_ARGON2_MEMORY_KIB, "KiB of memory"),
+    ):
+        if not low <= found <= high:
+            raise CommandError(f"{what} asks for {found} argon2 {name}, expected {low} to {high}")
+
+
+def argon2(
+    kind: str,
+    password: bytes | bytearray | memoryview,
+    salt: bytes,
+    costs: tuple[int, int, int],
+    length: int,
+) -> bytearray:
+    """Return a key of `length` bytes by argon2 version 1.3.
+
+    kind    "argon2i" or "argon2id"          costs   passes, KiB of memory, threads
+    Raises CommandError for costs out of range, and where the memory cannot be had.
+    """
+    check_argon2(*costs, "The key derivation")
+    variant = {"argon2i": low_level.Type.I, "argon2id": low_level.Type.ID}[kind]
+    try:
+        made = low_level.hash_secret_raw(bytes(password), salt, *costs, length, variant, low_level.ARGON2_VERSION)
+    except HashingError as error:
+        raise CommandError(f"{kind} with {costs[1]} KiB of memory failed: {error}") from error
+    return bytearray(made)

@@ -90,6 +90,8 @@ class LuksNode(BlockNode):
         if self.volume.payload_offset > self.file.size:
             raise CommandError("Could not refresh total sector count: Input/output error")
         self.size = self.file.size - self.volume.payload_offset
+        if self.volume.payload_length is not None:
+            self.size = min(self.size, self.volume.payload_length)
 
     async def close(self) -> None:
         """Wipe the key."""

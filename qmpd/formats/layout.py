@@ -28,6 +28,7 @@ bytes32: TypeAlias = Annotated[bytes, "32s"]
 bytes40: TypeAlias = Annotated[bytes, "40s"]
 bytes48: TypeAlias = Annotated[bytes, "48s"]
 bytes64: TypeAlias = Annotated[bytes, "64s"]
+bytes184: TypeAlias = Annotated[bytes, "184s"]
 
 _structs: dict[type, struct.Struct] = {}
 

@@ -69,6 +69,10 @@ class Volume(Protocol):
         """Byte at which the payload starts in its file."""
 
     @property
+    def payload_length(self) -> int | None:
+        """Bytes of payload if the header says so, None for all there is."""
+
+    @property
     def first_sector(self) -> int:
         """Number that the payload's first sector has for its initial value."""
 
@@ -101,6 +105,7 @@ class Luks1Volume:
 
     version = 1
     first_sector = 0
+    payload_length: int | None = None
 
     def __init__(self, header: luks1.Luks1Header) -> None:
         self.header = header

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from qmpd.aio.pool import in_work_thread, work_executor
 from qmpd.crypto.block import pieces, total
 from qmpd.crypto.cipher import Span
 from qmpd.units import MiB
+
+T = TypeVar("T")
 
 INLINE = 1 * MiB
 """Bytes up to which a second thread does not pay (half a millisecond of work; measured with both cores busy)."""
@@ -21,6 +25,16 @@ Transform = Callable[[Sequence[Span]], None]
 
 derive = in_work_thread
 """Run a key derivation in a thread and return its result."""
+
+_heavy: ThreadPoolExecutor | None = None
+
+
+async def derive_heavy(function: Callable[[], T]) -> T:
+    """Like `derive`, for what takes much memory: one at a time in the whole process."""
+    global _heavy
+    if _heavy is None:
+        _heavy = ThreadPoolExecutor(1, "qmpd-kdf")
+    return await asyncio.get_running_loop().run_in_executor(_heavy, function)
 
 
 async def transform(run: Transform, spans: Sequence[Span]) -> None:

@@ -1,0 +1,250 @@
+"""LUKS2 volumes over children: both copies read, the right one believed, keyslots tried by priority.
+
+Reading never writes: a damaged copy is reported (`Luks2Volume.problem`) and left to whoever repairs.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from typing import Any
+
+from qmpd.crypto import af
+from qmpd.crypto.block import BlockCrypto
+from qmpd.crypto.cipher import CipherSpec, check_spec
+from qmpd.crypto.hashes import digest_size
+from qmpd.crypto.kdf import argon2, check_argon2, check_pbkdf2_iterations, pbkdf2
+from qmpd.crypto.secretbytes import SecretBytes
+from qmpd.errors import CommandError, ImageError
+from qmpd.formats import luks2
+from qmpd.formats.luks2_json import Digest, Keyslot, Metadata, Segment
+from qmpd.luks.volume import HeaderIO, Unlocked, read_padded
+from qmpd.luks.work import derive, derive_heavy
+from qmpd.units import SECTOR, align_up
+
+KNOWN_REQUIREMENTS: tuple[str, ...] = ()
+"""Mandatory requirements that we meet; a volume with any other is not opened."""
+
+_SALT_SIZES = range(8, 65)
+
+
+async def read_copies(source: HeaderIO, image: str) -> luks2.Found:
+    """Read both copies of the header and return the one to believe.
+
+    Never more is read than 4 MiB for a copy. Raises ImageError if neither is valid, OSError.
+    """
+    binary: luks2.BinaryHeader | None = None
+    primary: luks2.Copy | ImageError
+    try:
+        binary = luks2.parse_binary(await read_padded(source, 0, luks2.BINARY_SIZE), 0, image)
+        primary = luks2.parse_copy(await read_padded(source, 0, binary.hdr_size), 0, image)
+    except ImageError as error:
+        primary = error
+    secondary: luks2.Copy | ImageError = ImageError(image, None, "LUKS2 secondary header", "missing", "there")
+    for offset in luks2.secondary_offsets(primary, binary):
+        try:
+            block = await read_padded(source, offset, luks2.BINARY_SIZE)
+            size = luks2.parse_binary(block, offset, image).hdr_size
+            secondary = luks2.parse_copy(await read_padded(source, offset, size), offset, image)
+            break
+        except ImageError as error:
+            secondary = error
+    found = luks2.choose(primary, secondary)
+    need = found.copy.metadata.total_size
+    if source.size < need:
+        raise ImageError(image, None, "LUKS2 header", f"on a device of {source.size} bytes", f"at least {need}")
+    return found
+
+
+def parse_encryption(text: str, key_length: int, sector_size: int = SECTOR) -> CipherSpec:
+    """Return what "aes-xts-plain64" and the like mean. Raises CommandError for what is not supported."""
+    cipher, _, rest = text.partition("-")
+    mode, dash, generator = rest.partition("-")
+    if not dash:
+        raise CommandError(f"Unexpected cipher mode string format '{rest}'")
+    iv, _, iv_hash = generator.partition(":")
+    spec = CipherSpec(cipher, mode, iv, iv_hash or None, key_length, sector_size)
+    if spec.iv_hash:
+        digest_size(spec.iv_hash)
+    check_spec(spec)
+    return spec
+
+
+class Luks2Volume:
+    """A LUKS2 header whose payload we can serve: one segment of kind crypt, no requirement unknown to us.
+
+    problem   what is wrong with the copy that was not believed, None if nothing is
+    """
+
+    version = 2
+
+    def __init__(self, found: luks2.Found) -> None:
+        """Raises CommandError for volumes that are valid but not ours to open."""
+        self.copy, self.problem = found.copy, found.problem
+        metadata = self.metadata = found.copy.metadata
+        self.segment = _only_segment(metadata)
+        self.digest = _digest_of(metadata, self.segment)
+        slots = [slot for slot in metadata.keyslots.values() if slot.id in self.digest.keyslots]
+        lengths = {slot.key_size for slot in slots}
+        if len(lengths) != 1:
+            raise CommandError("No usable keyslot: the volume key has no single length")
+        self.spec = parse_encryption(self.segment.encryption, lengths.pop(), self.segment.sector_size)
+
+    @property
+    def payload_offset(self) -> int:
+        """See `Volume.payload_offset`."""
+        return self.segment.offset
+
+    @property
+    def payload_length(self) -> int | None:
+        """See `Volume.payload_length`."""
+        return self.segment.size
+
+    @property
+    def first_sector(self) -> int:
+        """See `Volume.first_sector`."""
+        return self.segment.iv_tweak
+
+    def info(self) -> dict[str, Any]:
+        """See `Volume.info`: the members that QEMU has for LUKS1, slots by their own numbers."""
+        digest = self.digest
+        slots = []
+        for slot in self.metadata.keyslots.values():
+            row: dict[str, Any] = {"active": slot.kdf is not None, "key-offset": slot.area_offset}
+            if slot.kdf is not None:
+                row |= {"iters": slot.kdf.iterations or slot.kdf.time, "stripes": slot.stripes}
+            slots.append(row)
+        info: dict[str, Any] = {
+            "cipher-alg": f"{self.spec.cipher}-{self.spec.key_bits}",
+            "cipher-mode": self.spec.mode,
+            "ivgen-alg": self.spec.iv,
+        }
+        if self.spec.iv == "essiv":
+            info["ivgen-hash-alg"] = self.spec.iv_hash
+        return info | {
+            "hash-alg": digest.hash,
+            "detached-header": self.payload_offset == 0,
+            "payload-offset": self.payload_offset,
+            "master-key-iters": digest.iterations,
+            "uuid": self.copy.uuid,
+            "slots": slots,
+        }
+
+    async def unlock(self, source: HeaderIO, passphrase: SecretBytes) -> Unlocked:
+        """Try the keyslots of this volume's digest, preferred ones first; see `Volume.unlock`.
+
+        Slots of priority 0 are left out, as are those whose kind or derivation is unknown.
+        """
+        slots = [
+            slot
+            for slot in self.metadata.keyslots.values()
+            if slot.id in self.digest.keyslots and slot.priority and slot.kdf is not None and slot.kdf.salt
+        ]
+        slots.sort(key=lambda slot: (-slot.priority, int(slot.id)))
+        check_pbkdf2_iterations(self.digest.iterations, "The volume key digest")
+        for slot in slots:
+            check_cost(slot)
+        for slot in slots:
+            key = await self.try_slot(source, slot, passphrase)
+            if key is not None:
+                return Unlocked(key, int(slot.id))
+        raise CommandError("Invalid password, cannot unlock any keyslot")
+
+    async def try_slot(self, source: HeaderIO, slot: Keyslot, passphrase: SecretBytes) -> bytearray | None:
+        """Return the volume key if the slot takes the passphrase. Raises CommandError, OSError."""
+        length = align_up(slot.key_size * slot.stripes, SECTOR)
+        if length > min(slot.area_size, af.MAX_MATERIAL):
+            raise CommandError(f"Keyslot {slot.id} is corrupted (area of {slot.area_size} bytes, {length} needed)")
+        spec = parse_encryption(slot.area_encryption, slot.area_key_size)
+        material = await read_padded(source, slot.area_offset, length)
+
+        def work() -> bytearray | None:
+            return open_slot(slot, spec, self.digest, material, passphrase)
+
+        assert slot.kdf is not None
+        return await (derive if slot.kdf.type == "pbkdf2" else derive_heavy)(work)
+
+
+def check_cost(slot: Keyslot) -> None:
+    """Refuse a slot that asks too much, before anything is derived. Raises CommandError."""
+    kdf = slot.kdf
+    assert kdf is not None
+    if kdf.type == "pbkdf2":
+        check_pbkdf2_iterations(kdf.iterations, f"Keyslot {slot.id}")
+    else:
+        check_argon2(kdf.time, kdf.memory, kdf.cpus, f"Keyslot {slot.id}")
+
+
+def open_slot(
+    slot: Keyslot, spec: CipherSpec, digest: Digest, material: bytearray, passphrase: SecretBytes
+) -> bytearray | None:
+    """Return the volume key if `material`, which is used up, opens with the passphrase; takes long."""
+    kdf = slot.kdf
+    assert kdf is not None
+    salt = decode(kdf.salt, f"Keyslot {slot.id} salt", _SALT_SIZES)
+    with passphrase.view() as secret:
+        if kdf.type == "pbkdf2":
+            slot_key = pbkdf2(kdf.hash, secret, salt, kdf.iterations, slot.area_key_size)
+        else:
+            slot_key = argon2(kdf.type, secret, salt, (kdf.time, kdf.memory, kdf.cpus), slot.area_key_size)
+    crypto = BlockCrypto(spec, slot_key)
+    try:
+        with memoryview(material) as view:
+            crypto.decrypt([(0, view, view)])
+        key = af.merge(material, slot.key_size, slot.stripes, slot.af_hash)
+    finally:
+        crypto.wipe()
+        slot_key[:] = bytes(len(slot_key))
+        material[:] = bytes(len(material))
+    if proves(digest, key):
+        return key
+    key[:] = bytes(len(key))
+    return None
+
+
+def proves(digest: Digest, key: bytearray) -> bool:
+    """Say whether `key` is the one that the digest stands for. Raises CommandError for a damaged digest."""
+    salt = decode(digest.salt, f"Digest {digest.id} salt", range(32, 33))
+    expected = decode(digest.digest, f"Digest {digest.id}", range(20, 65))
+    if len(expected) not in (20, digest_size(digest.hash)):
+        raise CommandError(f"Digest {digest.id} has {len(expected)} bytes, expected 20 or those of {digest.hash}")
+    return hmac.compare_digest(pbkdf2(digest.hash, key, salt, digest.iterations, len(expected)), expected)
+
+
+def decode(text: str, what: str, sizes: range) -> bytes:
+    """Return the bytes of a base64 text, of a size in `sizes`. Raises CommandError."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CommandError(f"{what} is not valid base64") from error
+    if len(data) not in sizes:
+        raise CommandError(f"{what} has {len(data)} bytes, expected {sizes[0]} to {sizes[-1]}")
+    return data
+
+
+def _only_segment(metadata: Metadata) -> Segment:
+    """Return the segment to serve, or refuse by name what would cost data or secrecy."""
+    for name in metadata.requirements:
+        if name.startswith(("online-reencrypt", "offline-reencrypt")):
+            raise CommandError(f"The volume is being reencrypted (requirement '{name}'); finish that first")
+        if name not in KNOWN_REQUIREMENTS:
+            raise CommandError(f"The volume requires '{name}', which is not supported")
+    regular = [segment for segment in metadata.segments.values() if not segment.backup]
+    if len(regular) != 1:
+        raise CommandError(f"The volume has {len(regular)} segments, only one is supported")
+    segment = regular[0]
+    if segment.type != "crypt":
+        raise CommandError(f"Segment type '{segment.type}' is not supported")
+    if segment.integrity:
+        raise CommandError("A volume with integrity protection is not supported")
+    if segment.encryption.startswith(("cipher_null", "null")):
+        raise CommandError(f"Segment encryption '{segment.encryption}' is none: refused")
+    return segment
+
+
+def _digest_of(metadata: Metadata, segment: Segment) -> Digest:
+    digest = next(one for one in metadata.digests.values() if segment.id in one.segments)
+    if digest.type != "pbkdf2":
+        raise CommandError(f"Digest type '{digest.type}' is not supported")
+    return digest
