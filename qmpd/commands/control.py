@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ class _Negotiating(Protocol):
         """End the negotiation. Raises CommandNotFound if that was done before."""
 
 
+@functools.cache
 def version_info() -> dict[str, Any]:
     """Return the answer of query-version, which is part of the greeting, too."""
     major, minor, micro = QEMU_LEVEL

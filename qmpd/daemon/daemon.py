@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable
@@ -73,6 +74,8 @@ class Daemon:
             self._loop.add_signal_handler(number, self._end, "host-signal")
         self._loop.add_signal_handler(signal.SIGUSR1, self.dump_tasks)
         self.monitors.start(self.dispatcher, greeting_line(version_info()), LoopClock())
+        gc.freeze()
+        gc.enable()
         ready()
         await self._ending
 

@@ -86,8 +86,10 @@ class CommandFramer:
         """
         found: list[Any] = []
         at = 0
-        if not self._message and self._lexer.idle:
-            at = self._fast(data, found)
+        if self._message or not self._lexer.idle:
+            at = self._slow(data, at, found, pause=True)
+        if at < len(data):
+            at += self._fast(data[at:] if at else data, found)
         if at < len(data):
             self._slow(data, at, found)
         return found
@@ -130,11 +132,18 @@ class CommandFramer:
             at = stop
         return at if text.isascii() else len(text[:at].encode("utf-8"))
 
-    def _slow(self, data: bytes, at: int, found: list[Any]) -> None:
-        for kind, text, _ in self._lexer.tokens(data, at):
+    def _slow(self, data: bytes, at: int, found: list[Any], *, pause: bool = False) -> int:
+        """Take `data[at:]` token by token; return the bytes that are done with.
+
+        pause   stop behind the first message, if the fast way can go on from there
+        """
+        for kind, text, end in self._lexer.tokens(data, at):
             outcome = self._take(kind, text)
             if outcome is not None:
                 found.append(outcome[0])
+                if pause and self._lexer.idle:
+                    return end
+        return len(data)
 
     def _take(self, kind: Kind, text: bytes) -> tuple[Any] | None:
         """Add a token to the message; return what is to be handed out, if anything, in a tuple."""

@@ -11,11 +11,11 @@ import re
 from typing import Any
 
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_SPECIAL = re.compile('[\\x00-\\x1f"\\\\\\x7f-\\U0010ffff]')
+_SPECIAL = re.compile(r"[^ !#-\[\]-~]")
 
 # What the C encoder writes as it should unless one of these shows up in its result: an escape by number,
 # a DEL, or what may be a floating point number.
-_DOUBTFUL = re.compile(r"\\u|\x7f|(?:^|[\[ ])-?(?:[0-9]+[.e]|[IN])")
+_DOUBTFUL = re.compile(r'\\u|\x7f|(?:^|": |, |\[)-?(?:[0-9]+[.e]|[IN])')
 _compact = json.JSONEncoder(check_circular=False).encode
 
 
