@@ -142,7 +142,12 @@ def edge(node: BlockNode, name: str = "file", parent: Any = None) -> Child:
 
 
 async def open_qcow2(
-    file: BlockNode, *, backing: BlockNode | None = None, read_only: bool = False, discard: str = "unmap", **options: Any
+    file: BlockNode,
+    *,
+    backing: BlockNode | None = None,
+    read_only: bool = False,
+    discard: str = "unmap",
+    **options: Any,
 ) -> Qcow2Node:
     """Return an open qcow2 node on `file`; `options` are fields of Qcow2Options."""
     graph = FakeGraph()
