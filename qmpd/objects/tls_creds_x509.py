@@ -14,7 +14,6 @@ from typing import Any
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.objects._tls import TlsCreds, base_context, load_dh_params
-from qmpd.objects._x509 import check_all, load_authorities, load_own
 from qmpd.qapi.registry import qom_type
 from qmpd.qom import values
 from qmpd.qom.object import Property
@@ -92,6 +91,8 @@ class TlsCredsX509(TlsCreds):
         """Return a context with our certificate, the CA and the CRL."""
         files = self._files()
         if self.sanity_check:
+            from qmpd.objects._x509 import check_all, load_authorities, load_own  # a tenth of the start's time
+
             own = None if files.cert is None else load_own(files.cert, self.endpoint)
             check_all(own, load_authorities(files.ca))
         context = base_context(self.endpoint)
