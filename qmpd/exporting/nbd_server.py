@@ -28,6 +28,9 @@ DEFAULT_CONNECTIONS = 100
 DEFAULT_HANDSHAKE_SECONDS = 10
 """Seconds a client has to choose an export, if the user does not say; 0 means for ever."""
 
+ACCEPTS = 16
+"""Clients let in before the loop sees to those it has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -134,10 +137,16 @@ class NbdServer:
                 loop.remove_reader(sock.fileno())
 
     def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS):
+            if not self._accepting or not self._accept_one(listener):
+                return
+
+    def _accept_one(self, listener: socket.socket) -> bool:
+        """Let one client in; False if none waits."""
         try:
             sock, _ = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
+            return False
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
@@ -145,11 +154,12 @@ class NbdServer:
             loop = asyncio.get_running_loop()
             loop.remove_reader(listener.fileno())
             loop.call_later(1.0, self._accept_again, listener)
-            return
+            return False
         connection = Connection(self, sock, handshake_seconds=self._limits.handshake_seconds or None)
         self._connections.add(connection)
         connection.start()
         self._update()
+        return True
 
     def _accept_again(self, listener: socket.socket) -> None:
         if self._accepting and listener.fileno() >= 0:

@@ -16,8 +16,8 @@ from typing import Any
 
 from qmpd.errors import CommandError
 
-BACKLOG = 128
-"""Clients that may wait to be accepted."""
+BACKLOG = 1024
+"""Clients that may wait to be accepted; a UNIX client beyond them gets EAGAIN, not patience."""
 
 MAX_UNIX_PATH = 107
 """Bytes in the path of a UNIX socket, its final NUL not counted."""

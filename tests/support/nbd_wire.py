@@ -77,8 +77,8 @@ class Client:
 
     def __init__(self, path: str, *, flags: int = 3, timeout: float = 20.0) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(timeout)
         self.socket.connect(path)
+        self.socket.settimeout(timeout)
         self.greeting = self.receive(18)
         self.socket.sendall(struct.pack(">I", flags))
         self.style = SIMPLE_STYLE

@@ -255,7 +255,7 @@ async def test_overlapping_writes_leave_one_of_them(rig: Rig) -> None:
 async def test_an_export_in_use_goes_only_by_force(rig: Rig) -> None:
     await served(rig)
     client = await rig.connect()
-    with pytest.raises(Exception, match="^export 'e' still in use$"):
+    with pytest.raises(Exception, match=r"^export 'e' still in use$"):
         await rig.exports.remove("e")
     assert await rig.in_thread(lambda: client.read(0, 4)) == bytes(4)
     await rig.exports.remove("e", "hard")
@@ -278,9 +278,9 @@ async def test_removal_under_load_ends_what_was_begun(rig: Rig) -> None:
     await rig.exports.remove("e", "hard")
     await asyncio.sleep(0.05)
     assert rig.exports.query() == [{"node-name": "n", "shutting-down": True, "type": "nbd", "id": "e"}]
-    with pytest.raises(Exception, match="^Export 'e' is already shutting down$"):
+    with pytest.raises(Exception, match=r"^Export 'e' is already shutting down$"):
         await rig.exports.remove("e", "hard")
-    with pytest.raises(Exception, match="^Node n is in use$"):
+    with pytest.raises(Exception, match=r"^Node n is in use$"):
         await rig.graph.blockdev_del("n")
     assert rig.deleted() == []
     await rig.on_data_loop(gate.set)
