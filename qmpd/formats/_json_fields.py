@@ -17,7 +17,7 @@ _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 def parse_object(area: bytes, image: str, offset: int) -> dict[str, Any]:
     """Return the object that a NUL-filled area starts with. Raises ImageError.
 
-    Nothing may stand before it, and only NULs, one at least, behind it.
+    Nothing may stand before it; behind it white space, then only NULs, one at least.
     """
 
     def refuse(at: int, found: str, expected: str) -> ImageError:
@@ -41,8 +41,6 @@ def parse_object(area: bytes, image: str, offset: int) -> dict[str, Any]:
         raise refuse(0, f"nested more than {MAX_DEPTH} levels", "a flatter tree")
     if not isinstance(tree, dict):
         raise refuse(0, f"a {type(tree).__name__}", "an object")
-    if text[-1:] != b"}":
-        raise refuse(len(text), "followed by white space", "filled up with NULs")
     return tree
 
 

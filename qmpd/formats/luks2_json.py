@@ -347,4 +347,8 @@ def _luks2_slot(reader: Reader, slot: Keyslot, place: tuple[int, int]) -> Keyslo
 
 def dump_json(tree: Mapping[str, Any]) -> bytes:
     """Return a tree as it is written to a JSON area: as compact as cryptsetup writes it."""
-    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogateescape")
+    text = json.dumps(tree, separators=(",", ":"), ensure_ascii=False)
+    try:
+        return text.encode("utf-8", "surrogateescape")  # bytes that were no UTF-8 stay as they were
+    except UnicodeEncodeError:
+        return json.dumps(tree, separators=(",", ":")).encode()

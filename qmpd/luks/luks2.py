@@ -40,6 +40,8 @@ async def read_copies(source: HeaderIO, image: str) -> luks2.Found:
         binary = luks2.parse_binary(await read_padded(source, 0, luks2.BINARY_SIZE), 0, image)
         primary = luks2.parse_copy(await read_padded(source, 0, binary.hdr_size), 0, image)
     except ImageError as error:
+        if error.field == "LUKS2 header version":
+            raise  # the magic before it is right: this is another version, not a damaged copy
         primary = error
     secondary: luks2.Copy | ImageError = ImageError(image, None, "LUKS2 secondary header", "missing", "there")
     for offset in luks2.secondary_offsets(primary, binary):
