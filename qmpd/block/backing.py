@@ -63,17 +63,17 @@ async def _find(graph: Graph, node: BlockNode, given: Any, slow: Slow, depth: in
     inherited = node.node_options.inherited_by(NodeOptions(), backing=True)
     name, image_format = node.auto_backing, node.backing_format
     if name.startswith("json:"):
-        tree = _json_tree(graph, name, image_format)
+        tree = json_tree(graph, name, image_format)
         return await opening.open_tree(graph, tree, slow, inherited, depth + 1)
     if image_format is not None:
         if image_format not in graph.registry.drivers:
             raise CommandError(f"Unknown driver '{image_format}'")
         tree = {"driver": image_format, "file": {"driver": "file", "filename": name}}
         return await opening.open_tree(graph, tree, slow, inherited, depth + 1)
-    return await _open_probed(graph, name, inherited, slow, depth)
+    return await open_probed(graph, name, inherited, slow, depth)
 
 
-def _json_tree(graph: Graph, name: str, image_format: str | None) -> dict[str, Any]:
+def json_tree(graph: Graph, name: str, image_format: str | None) -> dict[str, Any]:
     """Return the options that a json: name spells out."""
     if graph.validate is None:
         raise CommandError(f"Could not open '{name}': json: names are not accepted here")
@@ -86,7 +86,7 @@ def _json_tree(graph: Graph, name: str, image_format: str | None) -> dict[str, A
     return graph.validate(value)
 
 
-async def _open_probed(graph: Graph, name: str, inherited: NodeOptions, slow: Slow, depth: int) -> BlockNode:
+async def open_probed(graph: Graph, name: str, inherited: NodeOptions, slow: Slow, depth: int) -> BlockNode:
     """Open a backing file whose format the image does not say: it is found by its first bytes."""
     file_options = inherited.inherited_by(NodeOptions())
     file = await opening.open_tree(graph, {"driver": "file", "filename": name}, slow, file_options, depth + 1)

@@ -221,15 +221,19 @@ class Graph:
     @asynccontextmanager
     async def drained(self, *nodes: BlockNode) -> AsyncIterator[None]:
         """Keep new requests from the backends above `nodes`, and wait for those under way."""
-        backends = _backends_above(nodes)
+        backends, filters = _above(nodes)
 
         async def begin() -> None:
             for backend in backends:
                 backend.drained_begin()
+            for node in filters:
+                node.drained_begin()
             for backend in backends:
                 await backend.wait_idle()
 
         async def end() -> None:
+            for node in filters:
+                node.drained_end()
             for backend in backends:
                 backend.drained_end()
 
@@ -240,18 +244,19 @@ class Graph:
             await self.runner.run(end())
 
 
-def _backends_above(nodes: tuple[BlockNode, ...]) -> list[BlockBackend]:
+def _above(nodes: tuple[BlockNode, ...]) -> tuple[list[BlockBackend], list[BlockNode]]:
+    """Return the backends above `nodes`, and the nodes between: those given and all their ancestors."""
     found: dict[int, BlockBackend] = {}
-    seen: set[int] = set()
+    seen: dict[int, BlockNode] = {}
     todo = list(nodes)
     while todo:
         node = todo.pop()
         if id(node) in seen:
             continue
-        seen.add(id(node))
+        seen[id(node)] = node
         for edge in node.parents:
             if isinstance(edge.parent, BlockBackend):
                 found[id(edge.parent)] = edge.parent
             elif isinstance(edge.parent, BlockNode):
                 todo.append(edge.parent)
-    return list(found.values())
+    return list(found.values()), list(seen.values())

@@ -39,17 +39,24 @@ def image_info(node: BlockNode, *, chain: bool) -> dict[str, Any]:
             pass  # relative to nothing: the plain member says what the image holds
         if node.backing_format:
             info["backing-filename-format"] = node.backing_format
-    backing = node.children.get("backing")
-    if chain and backing is not None:
-        info["backing-image"] = image_info(backing.node, chain=True)
+    below = _below(node)
+    if chain and below is not None:
+        info["backing-image"] = image_info(below, chain=True)
     return info
 
 
+def _below(node: BlockNode) -> BlockNode | None:
+    """Return the node whose data shows through: the backing image, or what a filter filters."""
+    edge = node.children.get("backing") or (node.primary() if node.is_filter else None)
+    return edge.node if edge is not None else None
+
+
 def backing_depth(node: BlockNode) -> int:
-    """Return how many images lie below `node` in its backing chain."""
+    """Return how many images lie below `node` in its backing chain, filters counted."""
     depth = 0
-    while "backing" in node.children:
-        node = node.children["backing"].node
+    below = _below(node)
+    while below is not None:
+        below = _below(below)
         depth += 1
     return depth
 

@@ -1,0 +1,160 @@
+"""Leaky buckets: how long a request has to wait so that the limits of its group hold.
+
+Model: throttle_compute_wait and throttle_account (QEMU util/throttle.c). Every limit is a bucket that
+fills with each request and leaks at the allowed rate. All members of a group share one state; its
+queue is first come, first served. It is used on one data loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+from qmpd.errors import CommandError
+from qmpd.qom.protocols import Throttler
+from qmpd.qom.tree import ObjectTree
+
+
+@dataclass(slots=True)
+class Bucket:
+    """One limit.
+
+    rate    units a second that leak, 0 without limit      burst   units a second while it lasts, 0: none
+    length  seconds that a burst may last                  level   units now in the bucket
+    """
+
+    rate: float = 0
+    burst: float = 0
+    length: float = 1
+    level: float = 0
+    burst_level: float = 0
+
+    def leak(self, elapsed: float) -> None:
+        """Let `elapsed` seconds pass."""
+        self.level = max(0.0, self.level - self.rate * elapsed)
+        if self.length > 1:
+            self.burst_level = max(0.0, self.burst_level - self.burst * elapsed)
+
+    def wait(self) -> float:
+        """Return the seconds until there is room for a request."""
+        if not self.rate:
+            return 0.0
+        # Without burst a tenth of a second's worth may be in the bucket, or every other request would wait.
+        room = self.burst * self.length if self.burst else self.rate / 10
+        if self.level > room:
+            return (self.level - room) / self.rate
+        if self.length > 1 and self.burst_level > self.burst / 10:
+            return (self.burst_level - self.burst / 10) / self.burst
+        return 0.0
+
+    def fill(self, units: float) -> None:
+        """Put one request in."""
+        self.level += units
+        if self.length > 1:
+            self.burst_level += units
+
+
+class ThrottleState:
+    """The buckets and the queue of one group."""
+
+    BUCKETS: ClassVar[tuple[str, ...]] = ("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._then = clock()
+        self.buckets = {name: Bucket() for name in self.BUCKETS}
+        self.op_size = 0
+        self._queue: deque[tuple[asyncio.Future[None], bool, int]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def configure(self, limits: Mapping[str, int]) -> None:
+        """Take new limits; what is in the buckets stays."""
+        for name, bucket in self.buckets.items():
+            bucket.rate, bucket.burst = limits[name], limits[f"{name}-max"]
+            bucket.length = limits[f"{name}-max-length"]
+        self.op_size = limits["iops-size"]
+
+    def _affected(self, writing: bool) -> list[Bucket]:
+        kind = "write" if writing else "read"
+        return [self.buckets[f"{unit}-{what}"] for unit in ("bps", "iops") for what in ("total", kind)]
+
+    def delay(self, writing: bool) -> float:
+        """Return the seconds that the next request has to wait."""
+        now = self._clock()
+        elapsed, self._then = now - self._then, now
+        for bucket in self.buckets.values():
+            bucket.leak(elapsed)
+        return max(bucket.wait() for bucket in self._affected(writing))
+
+    def account(self, writing: bool, length: int) -> None:
+        """Count a request of `length` bytes that goes on now."""
+        operations = max(1.0, length / self.op_size) if self.op_size else 1.0
+        total_bytes, kind_bytes, total_operations, kind_operations = self._affected(writing)
+        total_bytes.fill(length)
+        kind_bytes.fill(length)
+        total_operations.fill(operations)
+        kind_operations.fill(operations)
+
+    def may_pass(self, writing: bool, length: int) -> bool:
+        """Count the request and return True if it need not wait."""
+        if self._queue or self.delay(writing) > 0:
+            return False
+        self.account(writing, length)
+        return True
+
+    async def admit(self, writing: bool, length: int) -> None:
+        """Wait until the request may go on, and count it."""
+        if self.may_pass(writing, length):
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._queue.append((future, writing, length))
+        self._arm()
+        await future
+
+    def _arm(self) -> None:
+        if self._timer is None and self._queue:
+            delay = self.delay(self._queue[0][1])
+            self._timer = asyncio.get_running_loop().call_later(delay, self._expired)
+
+    def _expired(self) -> None:
+        self._timer = None
+        while self._queue:
+            future, writing, length = self._queue[0]
+            if self.delay(writing) > 0:
+                break
+            self._queue.popleft()
+            if not future.done():
+                self.account(writing, length)
+                future.set_result(None)
+        self._arm()
+
+    def release_all(self) -> None:
+        """Let everything that waits go on at once: for a drain, or new limits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._queue:
+            future, writing, length = self._queue.popleft()
+            if not future.done():
+                self.account(writing, length)
+                future.set_result(None)
+
+
+_states: WeakKeyDictionary[Throttler, ThrottleState] = WeakKeyDictionary()
+
+
+def find_group(objects: ObjectTree, name: str) -> tuple[Throttler, ThrottleState]:
+    """Return the group object `name` and the state that its members share. Raises CommandError."""
+    group: object = objects.get(name)
+    if not isinstance(group, Throttler):
+        raise CommandError(f"Throttle group '{name}' does not exist")
+    state = _states.get(group)
+    if state is None:
+        state = _states[group] = ThrottleState()
+        state.configure(group.wire_limits())
+    return group, state

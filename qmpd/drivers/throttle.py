@@ -1,0 +1,96 @@
+"""throttle: a filter that holds requests back so that the limits of a throttle group hold.
+
+Options: BlockdevOptionsThrottle (qapi/block-drivers.json).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.child import Child
+from qmpd.block.filter import FilterNode
+from qmpd.block.throttle_group import find_group
+from qmpd.qapi.registry import driver
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleOptions:
+    """BlockdevOptionsThrottle.
+
+    throttle_group  id of the throttle-group object
+    """
+
+    file: Child
+    throttle_group: str
+
+
+@driver("throttle", schema="BlockdevOptionsThrottle", options=ThrottleOptions)
+class ThrottleNode(FilterNode):
+    """A member of a throttle group."""
+
+    strong_options = ("throttle-group",)
+
+    async def open(self, options: ThrottleOptions) -> None:
+        """Join the group."""
+        self.group, self.state = find_group(self.graph.objects, options.throttle_group)
+        self.attach_file(options.file)
+        self._drains = 0
+        self.group.join(self)
+
+    async def close(self) -> None:
+        """Leave the group."""
+        self.group.leave(self)
+
+    def limits_changed(self) -> None:
+        """(ThrottleMember) Take the group's new limits."""
+        self.state.configure(self.group.wire_limits())
+
+    def drained_begin(self) -> None:
+        """Let everything go at once, and hold nothing back until the drain ends."""
+        self._drains += 1
+        self.state.release_all()
+
+    def drained_end(self) -> None:
+        """Hold requests back again."""
+        self._drains -= 1
+
+    async def preadv(self, batch: Batch) -> None:
+        """Read, as fast as the group may."""
+        async for part in self._in_time(batch, writing=False):
+            await self.file.preadv(part)
+
+    async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
+        """Write, as fast as the group may."""
+        async for part in self._in_time(batch, writing=True):
+            await self.file.pwritev(part, flags)
+        self.size = self.file.size
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
+        """Zero; counted like a write of that length."""
+        await self._admit(True, length)
+        await super().pwrite_zeroes(offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Discard; counted like a write of that length."""
+        await self._admit(True, length)
+        await super().pdiscard(offset, length)
+
+    async def _admit(self, writing: bool, length: int) -> None:
+        if not self._drains:
+            await self.state.admit(writing, length)
+
+    async def _in_time(self, batch: Batch, *, writing: bool) -> AsyncIterator[Batch]:
+        """Yield the requests when they may go: those that need not wait for one another together."""
+        ready = Batch()
+        for request in batch:
+            length = len(request.view)
+            if not self._drains and not self.state.may_pass(writing, length):
+                if ready:
+                    yield ready
+                    ready = Batch()
+                await self._admit(writing, length)
+            ready.append(request)
+        if ready:
+            yield ready
