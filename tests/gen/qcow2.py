@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,11 +21,28 @@ from qmpd.events import Event, EventBus
 from qmpd.units import SECTOR, align_up
 
 
-@dataclass
-class Record:
-    """What reached a file: ("write", offset, bytes), ("zero", offset, length) or ("flush",)."""
+class Recorder:
+    """Is told what a file does, when it begins and when it ends; see tests/faults."""
 
-    log: list[tuple[Any, ...]] = field(default_factory=list)
+    def begin(self, offset: int, data: bytes) -> int:
+        """A write begins; returns its number."""
+        raise NotImplementedError
+
+    def end(self, number: int) -> None:
+        """The write of that number is done."""
+        raise NotImplementedError
+
+    def begin_flush(self) -> int:
+        """A flush begins; returns its number."""
+        raise NotImplementedError
+
+    def end_flush(self, number: int) -> None:
+        """The flush of that number is done."""
+        raise NotImplementedError
+
+
+GARBAGE = b"\xd5"
+"""What a discarded byte of a file in memory holds: nothing may depend on it."""
 
 
 class MemoryNode(BlockNode):
@@ -44,7 +60,7 @@ class MemoryNode(BlockNode):
         self.size = len(self.content)
         self.delay: Callable[[], float | None] = lambda: None
         self.error: Callable[[str, int, int], int] = lambda *_: 0
-        self.record: Record | None = None
+        self.recorder: Recorder | None = None
         self.reads = self.writes = self.flushes = 0
 
     async def _wait(self) -> None:
@@ -65,48 +81,47 @@ class MemoryNode(BlockNode):
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         self.writes += 1
-        await self._wait()
-        for request in batch:
-            number = self.error("write", request.offset, len(request.view))
-            if number:
-                request.fail(number)
-                continue
-            if self.record is not None:
-                self.record.log.append(("write", request.offset, bytes(request.view)))
-            self._store(request.offset, request.view)
+        bad = [request for request in batch if self._failing("write", request.offset, len(request.view))]
+        for request in bad:
+            request.fail(self.error("write", request.offset, len(request.view)))
+        await self._change([(one.offset, bytes(one.view)) for one in batch if one not in bad])
 
-    def _store(self, offset: int, data: bytes | memoryview) -> None:
-        end = offset + len(data)
-        if end > len(self.content):
-            self.content.extend(bytes(align_up(end, SECTOR) - len(self.content)))
-        self.content[offset:end] = data
+    def _failing(self, kind: str, offset: int, length: int) -> bool:
+        return self.error(kind, offset, length) != 0
+
+    async def _change(self, parts: list[tuple[int, bytes]]) -> None:
+        numbers = [] if self.recorder is None else [self.recorder.begin(*part) for part in parts]
+        await self._wait()
+        for offset, data in parts:
+            end = offset + len(data)
+            if end > len(self.content):
+                self.content.extend(bytes(align_up(end, SECTOR) - len(self.content)))
+            self.content[offset:end] = data
         self.size = len(self.content)
+        for number in numbers:
+            assert self.recorder is not None
+            self.recorder.end(number)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
         self.writes += 1
-        await self._wait()
         number = self.error("write", offset, length)
         if number:
             raise OSError(number, "injected")
-        if self.record is not None:
-            self.record.log.append(("write", offset, bytes(length)))
-        self._store(offset, bytes(length))
+        await self._change([(offset, bytes(length))])
 
     async def pdiscard(self, offset: int, length: int) -> None:
-        await self._wait()
         end = min(offset + length, self.size)
-        if self.record is not None:
-            self.record.log.append(("write", offset, b"\xd5" * (end - offset)))
-        self.content[offset:end] = b"\xd5" * (end - offset)
+        await self._change([(offset, GARBAGE * (end - offset))])
 
     async def flush(self) -> None:
         self.flushes += 1
+        number = 0 if self.recorder is None else self.recorder.begin_flush()
         await self._wait()
-        number = self.error("flush", 0, 0)
-        if number:
-            raise OSError(number, "injected")
-        if self.record is not None:
-            self.record.log.append(("flush",))
+        error = self.error("flush", 0, 0)
+        if error:
+            raise OSError(error, "injected")
+        if self.recorder is not None:
+            self.recorder.end_flush(number)
 
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         del self.content[size:]
