@@ -55,6 +55,17 @@ def sequence(document: Path | None) -> list[Step]:
     return read_steps(resources.files("qmpd.cli.ctl").joinpath("hotplug.txt").read_text())
 
 
+async def answers(path: Path) -> bool:
+    """Say whether a server takes connections at the path."""
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
 class Demo:
     """One run in one folder."""
 
@@ -99,7 +110,7 @@ class Demo:
             )
         try:
             async with asyncio.timeout(START_SECONDS):
-                while not path.exists():
+                while not await answers(path):
                     if process.returncode is not None:
                         raise CommandError(f"qmpd ended with status {process.returncode}:\n{output.read_text()}")
                     await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Makes images with the daemon's own code, in this process: a graph of its own, on one loop, without a monitor."""
+"""Works on images with the daemon's own code, in this process: a graph of its own, on one loop, without a monitor."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ from qmpd.qom.tree import ObjectTree
 
 SCHEMA = "storage-daemon.json"
 PROTOCOL_NODE = "image"
+PLUGINS = ("drivers", "objects")
+"""What a tool needs of the plug-ins; the others are not even imported."""
 
 
 class Workshop:
     """The graph and the objects of one tool run."""
 
     def __init__(self) -> None:
-        registry = discover()
+        registry = discover(PLUGINS)
         self.schema = schemas.load(SCHEMA)
         self.objects = ObjectTree(registry)
         self.graph = Graph(self.objects, EventBus(), registry=registry)
+        self.graph.validate = lambda tree: dict(validate(self.schema, "BlockdevOptions", tree))
 
     def add_object(self, members: Mapping[str, Any]) -> None:
         """Add an object, its values given as text. Raises ValidationError or CommandError."""
         self.objects.create(validate(self.schema, "ObjectOptions", dict(members), keyval=True))
+
+    def member_names(self, union: str, tag: str) -> frozenset[str]:
+        """Return the members that a branch of a union has, those of its base included."""
+        entity = self.schema.object_type(union)
+        branch = entity.branches.get(tag)
+        names = {member.name for member in self.schema.members(entity.base)}
+        return frozenset(names | {member.name for member in self.schema.members(branch)})
 
     async def run_creator(self, options: Mapping[str, Any]) -> None:
         """Do what blockdev-create does with `options`, given as text. Raises ValidationError or CommandError."""
@@ -84,10 +94,28 @@ async def create_image(
     async with workshop() as shop:
         for members in objects:
             shop.add_object(members)
-        if image_format == "raw":
-            await shop.run_creator({"driver": "file", "filename": filename, "size": size, **options})
-            return
-        await shop.run_creator({"driver": "file", "filename": filename, "size": "0"})
-        await shop.graph.blockdev_add({"driver": "file", "node-name": PROTOCOL_NODE, "filename": filename})
-        where = "header" if header_only else "file"
-        await shop.run_creator({"driver": image_format, where: PROTOCOL_NODE, "size": size or "0", **options})
+        await make_image(shop, filename, image_format, options, size=size, header_only=header_only)
+
+
+async def make_image(
+    shop: Workshop,
+    filename: str,
+    image_format: str,
+    options: Mapping[str, Any],
+    *,
+    size: str | None = None,
+    header_only: bool = False,
+    file_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Like `create_image`, in a workshop that is there already; nothing stays open.
+
+    file_options   members of BlockdevCreateOptionsFile for the file below a format
+    """
+    below = file_options or {}
+    if image_format in ("raw", "file"):
+        await shop.run_creator({"driver": "file", "filename": filename, "size": size, **options, **below})
+        return
+    await shop.run_creator({"driver": "file", "filename": filename, "size": "0", **below})
+    reference = {"driver": "file", "filename": filename}
+    where = "header" if header_only else "file"
+    await shop.run_creator({"driver": image_format, where: reference, "size": size or "0", **options})

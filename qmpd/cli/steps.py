@@ -115,7 +115,7 @@ def _without_numbers(lines: list[str]) -> _Text:
     matches = [_NUMBERED.match(line) for line in lines]
     numbers = [int(match[1]) for match in matches if match]
     filled = sum(bool(line.strip()) for line in lines)
-    if len(numbers) * 2 < filled or any(a >= b for a, b in itertools.pairwise(numbers)):
+    if not numbers or len(numbers) * 2 < filled or any(a >= b for a, b in itertools.pairwise(numbers)):
         return _Text("\n".join(lines), range(1, len(lines) + 2))
     bare: list[str] = []
     shown: list[int] = []

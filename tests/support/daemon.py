@@ -120,6 +120,12 @@ class Daemon:
             raise
 
 
+def listens(path: Path) -> bool:
+    """Say whether connections are taken at the path; the one made to find out is closed at once."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @contextlib.contextmanager
 def running(folder: Path, *args: str, name: str = "qmpd") -> Iterator[Daemon]:
     """Run `qmpd` (or `qmpd-storage-daemon`) with a monitor in `folder`, and `args` besides.
@@ -139,7 +145,7 @@ def running(folder: Path, *args: str, name: str = "qmpd") -> Iterator[Daemon]:
     daemon = Daemon(process, path, log)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not path.exists():
+        while not listens(path):
             assert process.poll() is None, f"the daemon ended before it listened:\n{daemon.log}"
             assert time.monotonic() < deadline, "the daemon does not listen"
             time.sleep(0.02)
