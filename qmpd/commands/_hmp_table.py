@@ -85,7 +85,7 @@ def _find(line: str) -> tuple[Entry | None, str, str]:
     while table is not None and rest:
         end = next((at for at, char in enumerate(rest) if char in _SPACE or char == "/"), len(rest))
         word, rest = rest[:end], rest[end:]
-        words = f"{words} {word}" if words else word
+        words = f"{words} {word}" if words and word else words or word
         entry = next((one for one in table if one.is_called(word)), None)
         if entry is None:
             return None, rest, words

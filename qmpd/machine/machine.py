@@ -23,6 +23,7 @@ from qmpd.qapi.hashorder import dict_order
 from qmpd.qapi.registry import Registry
 from qmpd.qapi.registry import registry as default_registry
 from qmpd.qom.object import Container, QomObject
+from qmpd.qom.tree import ID_HINT, id_well_formed
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
@@ -69,6 +70,7 @@ class Machine(QomObject):
         self._running_since: float | None = None
         self._bus_numbers: dict[str, int] = {}
         self._anonymous = 0
+        self._text_ids: set[str] = set()
         self._bootindexes: dict[int, Device] = {}
         self._disks: list[DiskDevice] = []
         self.unattached, self.peripheral, self.peripheral_anon = Container(), Container(), Container()
@@ -210,6 +212,8 @@ class Machine(QomObject):
         bus = self._choose_bus(cls, path)
         if self.ready and not bus.hotpluggable:
             raise CommandError(f"Bus '{bus.bus_name}' does not support hotplugging")
+        if text and id_ is not None:
+            self._check_text_id(id_)
         device = cls(self, hotplugged=self.ready)
         self._name_device(device, id_)
         try:
@@ -253,6 +257,14 @@ class Machine(QomObject):
         if found is None or found.full:
             raise CommandError(f"No '{cls.bus_type}' bus found for device '{cls.qom_type}'")
         return found
+
+    def _check_text_id(self, id_: str) -> None:
+        """Check an id of key=value text, which has rules of its own. Raises CommandError."""
+        if not id_well_formed(id_):
+            raise CommandError("Parameter 'id' expects an identifier", hint=ID_HINT)
+        if not self.ready and id_ in self._text_ids:
+            raise CommandError(f"Duplicate ID '{id_}' for device")
+        self._text_ids.add(id_)
 
     def _name_device(self, device: Device, id_: str | None) -> None:
         if id_ is None:

@@ -184,9 +184,9 @@ def _iothread_mapping(_owner: Owner, name: str, value: Any, text: bool) -> list[
         queues = entry.get("vqs", [])
         if not isinstance(queues, list):
             raise _wrong_type(f"{place}.vqs", "array")
-        for at, queue in enumerate(queues):
-            if _unsigned(f"{place}.vqs[{at}]", queue, text=False) >= 1 << 16:
-                raise ValidationError(f"Parameter '{place}.vqs[{at}]' expects uint16_t")
+        for queue in queues:
+            if _unsigned("null", queue, text=False) >= 1 << 16:
+                raise ValidationError("Parameter 'null' expects uint16_t")
         for member in entry:
             if member not in ("iothread", "vqs"):
                 raise ValidationError(f"Parameter '{place}.{member}' is unexpected")
