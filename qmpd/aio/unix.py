@@ -21,7 +21,7 @@ from typing import Protocol
 
 _log = logging.getLogger("qmpd.aio.unix")
 
-RECEIVE = 64 << 10
+RECEIVE = 16 << 10
 """Bytes taken per read: what other clients have to wait for while they are parsed."""
 
 MAX_FDS = 16

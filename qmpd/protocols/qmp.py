@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpd.protocols.qmp_lexer import Kind, Lexer, Token
-from qmpd.protocols.qmp_parser import JsonError, has_noncharacter, parse_tokens
+from qmpd.protocols.qmp_parser import JsonError, has_noncharacter, parse_number, parse_tokens
 from qmpd.protocols.qmp_writer import to_text, to_wire
 
 __all__ = ["CommandFramer", "Malformed", "from_text", "to_text", "to_wire"]
@@ -54,17 +54,29 @@ def _no_constant(name: str) -> Any:
     raise _Doubtful(name)
 
 
-_decoder: Any = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+def _integer(text: str) -> int | float:
+    return int(text) if len(text) < 19 else parse_number(Kind.INTEGER, text.encode())
+
+
+def _float(text: str) -> float:
+    if text.startswith(("0e", "0E", "-0e", "-0E")):
+        raise _Doubtful  # JSON to Python, two tokens to the reference
+    return float(text)
+
+
+_decoder: Any = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_no_constant
+)
 _scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-# Where Python's JSON and the reference's differ: large integers, 0e1, escapes of surrogates and noncharacters.
-_DIFFERS = re.compile(r"[0-9]{19}|[^0-9.]0[eE]|\\u(?:[dD][89a-fA-F]|[fF][dD][dDeE]|[fF]{3})")
+_ESCAPED_NONCHARACTER = re.compile(r"\\u(?:[dD][89a-fA-F]|[fF][dD][dDeE]|[fF]{3})")
 
 
 def _is_plain(text: str) -> bool:
-    """Say whether Python's scanner reads `text` just as the reference does."""
-    return _DIFFERS.search(text) is None and (text.isascii() or not has_noncharacter(text))
+    """Say whether no string in `text` holds what Python's scanner takes and the reference refuses."""
+    if "\\u" in text and _ESCAPED_NONCHARACTER.search(text) is not None:
+        return False
+    return text.isascii() or not has_noncharacter(text)
 
 
 class CommandFramer:
@@ -98,7 +110,7 @@ class CommandFramer:
         """End the input; return what the bytes held back still give."""
         found = [outcome[0] for token in self._lexer.finish() if (outcome := self._take(*token)) is not None]
         if self._message:
-            found.append(_parse_message(bytes(self._message)))
+            found.append(_parse(bytes(self._message), Kind.ERROR, self._count))
             self._reset()
         return found
 
@@ -169,27 +181,34 @@ class CommandFramer:
         if refusal is not None:
             self._reset()
             return (Malformed(refusal),)
-        self._total += len(text)
-        self._count += 1
-        self._message += text
-        self._message += b" "
         if self._braces >= 0 and self._brackets >= 0 and (self._braces or self._brackets):
+            self._total += len(text)
+            self._count += 1
+            self._message += text
+            self._message += b" "
             return None
-        message = bytes(self._message)
+        outcome = _parse(text + b" " if not self._count else bytes(self._message) + text + b" ", kind, self._count)
         self._reset()
-        return (_parse_message(message),)
+        return (outcome,)
 
 
-def _parse_message(message: bytes) -> Any:
-    """Return the value of one message, its tokens separated by spaces, or a `Malformed`."""
+def _parse(message: bytes, last: Kind, before: int) -> Any:
+    """Return the value of one message, its tokens separated by spaces, or a `Malformed`.
+
+    last    kind of its last token         before   tokens before that one
+    """
     try:
+        if not before:
+            return parse_tokens([(last, message[:-1])])
         text = message.decode("utf-8")
-        if text.startswith("{") and _is_plain(text):
+        if text[0] in "{[" and _is_plain(text):
             value, end = _scan(text, 0)
             if end == len(text) - 1:
                 return value
     except (ValueError, StopIteration, RecursionError, _Doubtful):
         pass
+    except JsonError as error:
+        return Malformed(str(error))
     try:
         return parse_tokens(_tokens(message))
     except JsonError as error:
