@@ -108,7 +108,12 @@ def luks_node(
     """Return an unopened node, its options, and the secrets it sees: s and wrong."""
     secrets = Secrets(s=b"abc123", wrong=b"abc1234", empty=b"")
     given: dict[str, Any] = {} if secret is None else {"key-secret": secret}
-    node = LuksNode(cast("Graph", SimpleNamespace(objects=secrets)), "l", NodeOptions(discard=discard), given)
+    node = LuksNode(
+        cast("Graph", SimpleNamespace(objects=secrets, open_flags=frozenset())),
+        "l",
+        NodeOptions(discard=discard),
+        given,
+    )
     node.children["file"] = Child("file", LuksNode.child_roles["file"], node, payload)
     if header is not None:
         node.children["header"] = Child("header", LuksNode.child_roles["header"], node, header)
