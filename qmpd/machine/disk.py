@@ -12,10 +12,11 @@ from qmpd.block.backend import BlockBackend
 from qmpd.block.node import BlockNode
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
+from qmpd.exporting.endpoint import Endpoint, EndpointFactory
 from qmpd.machine.device import Device
 from qmpd.machine.property_tables import DeviceProperty
 from qmpd.machine.property_types import KINDS
-from qmpd.units import SECTOR
+from qmpd.units import SECTOR, human_size
 
 if TYPE_CHECKING:
     from qmpd.machine.machine import Machine
@@ -30,6 +31,7 @@ class DiskDevice(Device):
     removable     the medium may change                tray_open  (removable) the tray is out
     write_cache   writes may stay in caches until a flush
     medium_was_read_only  so was the last medium that was taken out; true before the first
+    endpoint      the socket through which outsiders use it, if the guest policy says so
     max_geometry  largest cylinders, heads and sectors, None: the device has no geometry
     default_granularity  discard granularity, in bytes, where none was given; None keeps it open
     """
@@ -45,6 +47,7 @@ class DiskDevice(Device):
         self.tray_open = False
         self.write_cache = True
         self.medium_was_read_only = True
+        self.endpoint: Endpoint | None = None
         machine.track_disk(self)
 
     @property
@@ -187,8 +190,24 @@ class DiskDevice(Device):
             if not 1 <= values[name] <= limit:
                 raise CommandError(f"{name} must be between 1 and {limit}")
 
+    async def open_endpoint(self, factory: EndpointFactory, directory: str, name: str) -> None:
+        """Let outsiders reach the medium through a socket, as the guest would. Raises CommandError."""
+        if self.backend is None or self.backend.node is None or self.endpoint is not None:
+            return
+        serial = f"serial {self.values['serial']}, " if self.values["serial"] else ""
+        self.endpoint = await factory.open(
+            self.backend,
+            directory,
+            name,
+            read_only=not self.backend.perm & Perm.WRITE,
+            description=f"{self.type_name}, {serial}{human_size(self.backend.size)}",
+        )
+
     async def unrealize(self) -> None:
         """See `Device.unrealize`."""
+        endpoint, self.endpoint = self.endpoint, None
+        if endpoint is not None:
+            await endpoint.close()
         backend, self.backend = self.backend, None
         if backend is not None:
             await backend.remove()

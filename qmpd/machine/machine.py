@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpd.errors import CommandError, DeviceNotFound, device_not_found
+from qmpd.exporting import endpoint
 from qmpd.machine import board, lookup, types
 from qmpd.machine.bus import Bus
 from qmpd.machine.device import Device
@@ -61,6 +62,8 @@ class Machine(QomObject):
     ) -> None:
         super().__init__()
         self.options = options or MachineOptions()
+        plug = self.options.guest.plug
+        self._endpoints = None if plug is None else (endpoint.factory(plug[0]), plug[1])
         self.graph, self.objects, self.events = graph, objects, events
         self.ready = False
         self.status = "prelaunch"
@@ -282,6 +285,10 @@ class Machine(QomObject):
         if not device.places_itself:
             bus.place(device)
         await device.realize()
+        if self._endpoints is not None:
+            factory, directory = self._endpoints
+            for disk in _disks(device):
+                await disk.open_endpoint(factory, directory, _socket_name(device))
         device.realized = True
 
     async def dismantle(self, device: Device) -> list[dict[str, Any]]:
@@ -334,6 +341,19 @@ def _collect(device: QomObject, found: list[Device]) -> None:
         found.append(device)
     for child in device.children.values():
         _collect(child, found)
+
+
+def _disks(device: Device) -> list[DiskDevice]:
+    """Return the disks that a device is or consists of."""
+    found: list[Device] = []
+    _collect(device, found)
+    return [one for one in found if isinstance(one, DiskDevice)]
+
+
+def _socket_name(device: Device) -> str:
+    """Return a file name for an endpoint: the id, or the path of a device without; no slash in either."""
+    name = device.device_id or device.path.removeprefix("/machine/")
+    return name.replace("/", "-")
 
 
 def _string(value: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid as uuids
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from qmpd.errors import CommandError
@@ -15,7 +15,6 @@ LATEST = "10.0"
 _VERSIONED = re.compile(r"pc-(i440fx|q35)-(2\.(?:[4-9]|1[0-2])|[3-9]\.[0-2]|4\.0\.1|10\.0)")
 _ACCELERATORS = ("kvm", "tcg", "xen", "qtest")
 NIL_UUID = "00000000-0000-0000-0000-000000000000"
-PLUG_UNAVAILABLE = "guest option 'plug' needs the NBD export, which this version does not have"
 
 
 class Unplug(Enum):
@@ -38,10 +37,12 @@ class GuestPolicy:
     """The guest's behaviour (`--guest`).
 
     delay_ms   milliseconds that Unplug.DELAY takes
+    plug       kind and directory of the endpoints that disks get, ("nbd", "/run/disks"); None for no endpoints
     """
 
     unplug: Unplug = Unplug.ACK
     delay_ms: int = 0
+    plug: tuple[str, str] | None = None
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> GuestPolicy:
@@ -51,21 +52,26 @@ class GuestPolicy:
             for item in filter(None, text.split(",")):
                 key, equals, value = item.partition("=")
                 if key == "unplug" and equals:
-                    policy = cls._with_unplug(value)
+                    policy = policy._with_unplug(value)
                 elif key == "plug" and equals:
-                    raise CommandError(PLUG_UNAVAILABLE)
+                    policy = policy._with_plug(value)
                 else:
                     raise CommandError(f"Invalid parameter '{key}'")
         return policy
 
-    @classmethod
-    def _with_unplug(cls, value: str) -> GuestPolicy:
+    def _with_unplug(self, value: str) -> GuestPolicy:
         word, colon, amount = value.partition(":")
         if word == Unplug.DELAY.value and amount.isascii() and amount.isdigit():
-            return cls(Unplug.DELAY, int(amount))
+            return replace(self, unplug=Unplug.DELAY, delay_ms=int(amount))
         if colon or word not in (one.value for one in Unplug if one is not Unplug.DELAY):
             raise CommandError(f"Parameter 'unplug' does not accept value '{value}'")
-        return cls(Unplug(word))
+        return replace(self, unplug=Unplug(word), delay_ms=0)
+
+    def _with_plug(self, value: str) -> GuestPolicy:
+        kind, _, directory = value.partition(":")
+        if not kind or not directory:
+            raise CommandError(f"Parameter 'plug' does not accept value '{value}'")
+        return replace(self, plug=(kind, directory))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from qmpd.machine.options import GuestPolicy, Unplug, parse_machine, parse_uuid,
         (["unplug=delay:250"], GuestPolicy(Unplug.DELAY, 250)),
         (["unplug=reset,unplug=refuse"], GuestPolicy(Unplug.REFUSE)),
         (["unplug=refuse", "unplug=reset"], GuestPolicy(Unplug.RESET)),
+        (["plug=nbd:/run/a:b", "unplug=delay:1"], GuestPolicy(Unplug.DELAY, 1, ("nbd", "/run/a:b"))),
     ],
 )
 def test_guest_policies(texts: list[str], policy: GuestPolicy) -> None:
@@ -30,7 +31,7 @@ def test_guest_policies(texts: list[str], policy: GuestPolicy) -> None:
         ("unplug=delay:x", "Parameter 'unplug' does not accept value 'delay:x'"),
         ("unplug=ack:5", "Parameter 'unplug' does not accept value 'ack:5'"),
         ("bogus=1", "Invalid parameter 'bogus'"),
-        ("plug=nbd:/run", "guest option 'plug' needs the NBD export"),
+        ("plug=nbd", "Parameter 'plug' does not accept value 'nbd'"),
     ],
 )
 def test_bad_guest_policies(text: str, error: str) -> None:
