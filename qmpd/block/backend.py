@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from qmpd.block.child import Child
 from qmpd.block.node import MAX_REQUEST, BlockNode, Extent
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.stats import AccountedStats
+from qmpd.block.throttle_group import BackendGroup, ThrottleState
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
@@ -45,6 +46,7 @@ class BlockBackend:
         self.name, self.label = name, label
         self.root: Child | None = None
         self.stats = AccountedStats()
+        self.throttle: BackendGroup | None = None
         self.may_grow = False
         """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
         self._in_flight = 0
@@ -95,6 +97,7 @@ class BlockBackend:
     async def remove(self) -> None:
         """End the backend: wait for its requests, detach, and delete nodes that nobody holds."""
         await self.graph.runner.run(self._quiesce_and_wait())
+        self._leave_group()
         node = self.eject()
         if self in self.graph.backends:
             self.graph.backends.remove(self)
@@ -106,6 +109,8 @@ class BlockBackend:
     def drained_begin(self) -> None:
         """Admit nothing until `drained_end`; runs on the data loop."""
         self._quiesced += 1
+        if self.throttle is not None:
+            self.throttle.state.release_all()
 
     def drained_end(self) -> None:
         """Undo one `drained_begin`; runs on the data loop."""
@@ -130,8 +135,8 @@ class BlockBackend:
         finally:
             self.drained_end()
 
-    @asynccontextmanager
-    async def _admitted(self, requests: int) -> AsyncIterator[Child]:
+    async def _enter(self, requests: int) -> Child:
+        """Wait for admission and count `requests`, which `_leave` takes back."""
         while self._quiesced:
             future = asyncio.get_running_loop().create_future()
             self._admission.append(future)
@@ -139,15 +144,23 @@ class BlockBackend:
         if self.root is None:
             raise OSError(errno.ENOMEDIUM, "no medium")
         self._in_flight += requests
+        return self.root
+
+    def _leave(self, requests: int) -> None:
+        self._in_flight -= requests
+        if not self._in_flight and self._idle:
+            idle, self._idle = self._idle, []
+            for waiter in idle:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    @asynccontextmanager
+    async def _admitted(self, requests: int) -> AsyncIterator[Child]:
+        root = await self._enter(requests)
         try:
-            yield self.root
+            yield root
         finally:
-            self._in_flight -= requests
-            if not self._in_flight and self._idle:
-                idle, self._idle = self._idle, []
-                for waiter in idle:
-                    if not waiter.done():
-                        waiter.set_result(None)
+            self._leave(requests)
 
     # --- I/O, from any loop ---------------------------------------------------------------------
 
@@ -165,19 +178,56 @@ class BlockBackend:
         await self._home(self._transfer(batch, flags))
 
     async def _transfer(self, batch: Batch, flags: WriteFlags | None) -> None:
-        async with self._admitted(len(batch)) as root:
+        count = len(batch)
+        root = await self._enter(count)
+        try:
             inside = self._within(batch, root.node, writing=flags is not None)
             if not inside:
                 return
             begun = time.monotonic_ns()
             try:
-                if flags is None:
+                if self.throttle is not None:
+                    await self._throttled(root, inside, flags, self.throttle.state)
+                elif flags is None:
                     await root.preadv(inside)
                 else:
                     await root.pwritev(inside, flags)
             except OSError as error:
                 inside.fail(error.errno or errno.EIO)
             self.stats.transferred(inside, time.monotonic_ns() - begun, writing=flags is not None)
+        finally:
+            self._leave(count)
+
+    async def _throttled(self, root: Child, batch: Batch, flags: WriteFlags | None, state: ThrottleState) -> None:
+        def free() -> bool:
+            return bool(self._quiesced)
+
+        async for part in state.in_time(batch, writing=flags is not None, free=free):
+            if flags is None:
+                await root.preadv(part)
+            else:
+                await root.pwritev(part, flags)
+
+    def set_throttle(self, name: str, limits: Mapping[str, int] | None) -> None:
+        """Join the group `name` and give it these limits; None leaves the group. Raises CommandError."""
+        groups = self.graph.throttle_groups
+        if limits is None:
+            self._leave_group()
+            return
+        group = groups.get(name) or BackendGroup(name)
+        group.change(limits)
+        if group is not self.throttle:
+            self._leave_group()
+            groups[name] = self.throttle = group
+            group.users += 1
+
+    def _leave_group(self) -> None:
+        group, self.throttle = self.throttle, None
+        if group is not None:
+            group.state.release_all()
+            group.users -= 1
+            if not group.users:
+                self.graph.throttle_groups.pop(group.name, None)
 
     def _within(self, batch: Batch, node: BlockNode, *, writing: bool) -> Batch:
         """Return the requests that may go on; the others are marked."""

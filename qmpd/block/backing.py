@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qmpd.block import filename, opening, ranges
 from qmpd.block.batch import Batch
 from qmpd.block.node import BlockNode
-from qmpd.block.options import NodeOptions
+from qmpd.block.options import NodeOptions, OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.errors import CommandError, QmpdError
 from qmpd.formats import probe
@@ -32,6 +32,8 @@ async def open_backing(graph: Graph, node: BlockNode, members: Mapping[str, Any]
 
     Raises CommandError; a backing node opened here is then closed again.
     """
+    if OpenFlags.NO_BACKING in graph.open_flags:
+        return
     node.auto_backing = full_backing_filename(node) or ""
     if "backing" in members and not members["backing"]:
         node.backing_overridden = bool(node.auto_backing)

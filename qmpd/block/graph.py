@@ -17,6 +17,8 @@ from qmpd.block import filename, opening
 from qmpd.block.backend import BlockBackend
 from qmpd.block.change import Transaction
 from qmpd.block.node import BlockNode
+from qmpd.block.options import OpenFlags
+from qmpd.block.throttle_group import BackendGroup
 from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Graph:
     objects   where drivers find secrets         events   where nodes report
     runner    runs open, close and all I/O       registry the drivers there are
     validate  checks a BlockdevOptions tree that an image names by json:; None refuses such names
+    open_flags  how the nodes opened from now on are meant
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class Graph:
         self.runner: Runner = runner or InlineLoop()
         self.registry = registry
         self.validate: Callable[[Any], dict[str, Any]] | None = None
+        self.open_flags = OpenFlags.NONE
         self.backends: list[BlockBackend] = []
+        self.throttle_groups: dict[str, BackendGroup] = {}
         self._nodes: dict[str, BlockNode] = {}
         self._reserved: set[str] = set()
         self._generated = 0

@@ -14,6 +14,7 @@ from qmpd.block.backing import full_backing_filename
 from qmpd.block.filename import node_filename
 from qmpd.block.node import BlockNode
 from qmpd.block.perm import ChildRole, perm_wire
+from qmpd.block.throttle_group import BackendGroup
 from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def backing_depth(node: BlockNode) -> int:
     return depth
 
 
-def device_info(node: BlockNode, *, flat: bool) -> dict[str, Any]:
-    """Return BlockDeviceInfo; `flat` leaves out what lies below."""
+def device_info(node: BlockNode, *, flat: bool, backend: BlockBackend | None = None) -> dict[str, Any]:
+    """Return BlockDeviceInfo; `flat` leaves out what lies below, `backend` adds its limits."""
     options = node.node_options
     info: dict[str, Any] = {
         "node-name": node.name,
@@ -78,14 +79,31 @@ def device_info(node: BlockNode, *, flat: bool) -> dict[str, Any]:
         },
         "detect_zeroes": options.detect_zeroes or "off",
         "backing_file_depth": 0 if flat else backing_depth(node),
-        "write_threshold": 0,
+        "write_threshold": node.write_threshold,
         "image": image_info(node, chain=not flat),
     }
     info |= dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    if backend is not None and backend.throttle is not None:
+        info |= _limits(backend.throttle)
     backing = node.children.get("backing")
     if backing is not None:
         info["backing_file"] = node_filename(backing.node)
     return info
+
+
+def _limits(group: BackendGroup) -> dict[str, Any]:
+    """Return the members of BlockDeviceInfo that say how a device is throttled."""
+    reply: dict[str, Any] = {"group": group.name}
+    for unit in ("bps", "iops"):
+        for what, suffix in (("total", ""), ("read", "_rd"), ("write", "_wr")):
+            limit = f"{unit}-{what}"
+            reply[unit + suffix] = group.limits[limit]
+            if group.limits[f"{limit}-max"]:
+                reply[f"{unit}{suffix}_max"] = group.limits[f"{limit}-max"]
+                reply[f"{unit}{suffix}_max_length"] = group.limits[f"{limit}-max-length"]
+    if group.limits["iops-size"]:
+        reply["iops_size"] = group.limits["iops-size"]
+    return reply
 
 
 def node_stats(node: BlockNode, backend: BlockBackend | None = None, *, chain: bool) -> dict[str, Any]:

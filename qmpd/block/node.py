@@ -108,6 +108,7 @@ class BlockNode:
         self.zero_alignment = 1
         self.supports_fua = False
         self.wr_highest_offset = 0
+        self.write_threshold = 0
         self.ranges = RangeTable()
 
     # --- life cycle -------------------------------------------------------------------------
@@ -195,6 +196,18 @@ class BlockNode:
 
     def drained_end(self) -> None:
         """(Parent) Undo `drained_begin`."""
+
+    def check_write_threshold(self, end: int) -> None:
+        """Tell whoever set a threshold that a write ended beyond it, once."""
+        threshold = self.write_threshold
+        if threshold and end > threshold:
+            self.write_threshold = 0
+            self.graph.events.emit(
+                "BLOCK_WRITE_THRESHOLD",
+                node_name=self.name,
+                amount_exceeded=end - threshold,
+                write_threshold=threshold,
+            )
 
     # --- permissions ------------------------------------------------------------------------
 

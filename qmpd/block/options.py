@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+
+class OpenFlags(enum.Flag):
+    """How a tool that only looks, or mends, wants its images opened; the daemon has none of them.
+
+    NO_IO       nothing will be read from the nodes: encrypted ones are not unlocked
+    NO_BACKING  what an image names as its backing file is not opened
+    CHECK       the image is to be checked: it is not repaired on the way
+    """
+
+    NONE = 0
+    NO_IO = 1
+    NO_BACKING = 2
+    CHECK = 4
+
 
 GENERIC_MEMBERS = (
     "driver",

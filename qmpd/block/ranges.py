@@ -148,6 +148,8 @@ async def write(node: BlockNode, batch: Batch, flags: WriteFlags = WriteFlags.NO
     for request in batch:
         if request.end > node.wr_highest_offset and not request.error:
             node.wr_highest_offset = request.end
+    if node.write_threshold:
+        node.check_write_threshold(max((request.end for request in batch), default=0))
     if late_flush:
         await node.flush()
 
@@ -249,6 +251,8 @@ async def write_zeroes(node: BlockNode, offset: int, length: int, flags: WriteFl
         await _zero_aligned(node, start, stop, flags)
         await _write_zero_bytes(node, stop, end, flags)
     node.wr_highest_offset = max(node.wr_highest_offset, end)
+    if node.write_threshold:
+        node.check_write_threshold(end)
     if late_flush:
         await node.flush()
 

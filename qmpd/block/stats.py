@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from qmpd.block.batch import Batch
+
+
+class Histogram:
+    """Requests counted by how long they took.
+
+    boundaries  nanoseconds, rising; the first bin ends before the first one
+    bins        one more than boundaries
+    """
+
+    def __init__(self, boundaries: Sequence[int]) -> None:
+        """Raises ValueError unless the boundaries rise from above zero."""
+        if not boundaries or any(b <= a for a, b in pairwise((0, *boundaries))):
+            raise ValueError("boundaries must rise from above zero")
+        self.boundaries = list(boundaries)
+        self.bins = [0] * (len(boundaries) + 1)
+
+    def add(self, elapsed: int, count: int) -> None:
+        """Count `count` requests that took `elapsed` nanoseconds each."""
+        self.bins[bisect_right(self.boundaries, elapsed)] += count
 
 
 @dataclass(slots=True)
@@ -38,6 +60,7 @@ class AccountedStats:
     account_invalid: bool = True
     account_failed: bool = True
     last_access_ns: int | None = field(default=None)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def transferred(self, batch: Batch, elapsed: int, *, writing: bool) -> None:
         """Count the requests of a batch that took `elapsed` nanoseconds together."""
@@ -57,7 +80,12 @@ class AccountedStats:
             self.rd_bytes += total
             self.failed_rd_operations += failed
             self.rd_total_time_ns += elapsed * done
+        self._measure("wr" if writing else "rd", elapsed, done)
         self.last_access_ns = time.monotonic_ns()
+
+    def _measure(self, kind: str, elapsed: int, count: int = 1) -> None:
+        if kind in self.histograms:
+            self.histograms[kind].add(elapsed, count)
 
     def note(self, kind: str, length: int, elapsed: int) -> None:
         """Count one successful "wr", "unmap" or "flush"."""
@@ -65,6 +93,7 @@ class AccountedStats:
         setattr(self, f"{kind}_total_time_ns", getattr(self, f"{kind}_total_time_ns") + elapsed)
         if kind != "flush":
             setattr(self, f"{kind}_bytes", getattr(self, f"{kind}_bytes") + length)
+        self._measure(kind, elapsed)
         self.last_access_ns = time.monotonic_ns()
 
     def note_failed(self, kind: str) -> None:
@@ -101,6 +130,8 @@ def to_wire(stats: AccountedStats | None, highest: int) -> dict[str, Any]:
     reply["account_invalid"] = source.account_invalid
     reply["account_failed"] = source.account_failed
     reply["timed_stats"] = []
+    for kind, histogram in source.histograms.items():
+        reply[f"{kind}_latency_histogram"] = {"boundaries": histogram.boundaries, "bins": list(histogram.bins)}
     if source.last_access_ns is not None:
         reply["idle_time_ns"] = time.monotonic_ns() - source.last_access_ns
     return reply

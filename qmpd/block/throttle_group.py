@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 from weakref import WeakKeyDictionary
 
+from qmpd.block.batch import Batch
+from qmpd.block.throttle_limits import BUCKETS, merge, no_limits
 from qmpd.errors import CommandError
 from qmpd.qom.protocols import Throttler
 from qmpd.qom.tree import ObjectTree
@@ -62,12 +63,10 @@ class Bucket:
 class ThrottleState:
     """The buckets and the queue of one group."""
 
-    BUCKETS: ClassVar[tuple[str, ...]] = ("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write")
-
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._then = clock()
-        self.buckets = {name: Bucket() for name in self.BUCKETS}
+        self.buckets = {name: Bucket() for name in BUCKETS}
         self.op_size = 0
         self._queue: deque[tuple[asyncio.Future[None], bool, int]] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -106,6 +105,24 @@ class ThrottleState:
             return False
         self.account(writing, length)
         return True
+
+    async def in_time(self, batch: Batch, *, writing: bool, free: Callable[[], bool]) -> AsyncIterator[Batch]:
+        """Yield the requests when they may go: those that need not wait for one another together.
+
+        free  asked before each request: True lets it go at once (a drain)
+        """
+        ready = Batch()
+        for request in batch:
+            length = len(request.view)
+            if not free() and not self.may_pass(writing, length):
+                if ready:
+                    yield ready
+                    ready = Batch()
+                if not free():
+                    await self.admit(writing, length)
+            ready.append(request)
+        if ready:
+            yield ready
 
     async def admit(self, writing: bool, length: int) -> None:
         """Wait until the request may go on, and count it."""
@@ -158,3 +175,22 @@ def find_group(objects: ObjectTree, name: str) -> tuple[Throttler, ThrottleState
         state = _states[group] = ThrottleState()
         state.configure(group.wire_limits())
     return group, state
+
+
+class BackendGroup:
+    """A throttle group that `block_set_io_throttle` made, with the backends in it.
+
+    name    as shown in query-block        limits  members of ThrottleLimits
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.limits = no_limits()
+        self.state = ThrottleState()
+        self.users = 0
+
+    def change(self, limits: Mapping[str, int]) -> None:
+        """Take new limits. Raises CommandError if they contradict each other."""
+        self.limits = merge(no_limits(), limits)
+        self.state.configure(self.limits)
+        self.state.release_all()

@@ -6,6 +6,7 @@ from typing import Any
 
 from qmpd.block import info, stats
 from qmpd.context import Context
+from qmpd.errors import CommandError
 from qmpd.jobs.block_job import BlockJob
 from qmpd.qapi.registry import command
 
@@ -38,7 +39,7 @@ async def query_block(ctx: Context) -> list[dict[str, Any]]:
         row = device.query_block_row()
         node = device.backend.node
         if node is not None:
-            row["inserted"] = info.device_info(node, flat=False)
+            row["inserted"] = info.device_info(node, flat=False, backend=device.backend)
             row["inserted"]["cache"]["writeback"] = device.write_cache
         reply.append(row)
     return reply
@@ -73,3 +74,12 @@ async def debug_query_block_graph(ctx: Context) -> dict[str, Any]:
 async def query_block_jobs(ctx: Context) -> list[dict[str, Any]]:
     """List the jobs that work on block nodes."""
     return [job.to_block_wire() for job in ctx.jobs.newest_first() if isinstance(job, BlockJob)]
+
+
+@command("block-set-write-threshold")
+async def block_set_write_threshold(ctx: Context, *, node_name: str, write_threshold: int) -> None:
+    """Ask for one event when a write ends beyond an offset."""
+    node = ctx.graph.get(node_name)
+    if node is None:
+        raise CommandError(f"Device '{node_name}' not found")
+    node.write_threshold = write_threshold

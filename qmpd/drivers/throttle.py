@@ -5,7 +5,6 @@ Options: BlockdevOptionsThrottle (qapi/block-drivers.json).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from qmpd.block.batch import Batch, WriteFlags
@@ -58,12 +57,12 @@ class ThrottleNode(FilterNode):
 
     async def preadv(self, batch: Batch) -> None:
         """Read, as fast as the group may."""
-        async for part in self._in_time(batch, writing=False):
+        async for part in self.state.in_time(batch, writing=False, free=self._free):
             await self.file.preadv(part)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write, as fast as the group may."""
-        async for part in self._in_time(batch, writing=True):
+        async for part in self.state.in_time(batch, writing=True, free=self._free):
             await self.file.pwritev(part, flags)
         self.size = self.file.size
 
@@ -77,20 +76,9 @@ class ThrottleNode(FilterNode):
         await self._admit(True, length)
         await super().pdiscard(offset, length)
 
+    def _free(self) -> bool:
+        return bool(self._drains)
+
     async def _admit(self, writing: bool, length: int) -> None:
         if not self._drains:
             await self.state.admit(writing, length)
-
-    async def _in_time(self, batch: Batch, *, writing: bool) -> AsyncIterator[Batch]:
-        """Yield the requests when they may go: those that need not wait for one another together."""
-        ready = Batch()
-        for request in batch:
-            length = len(request.view)
-            if not self._drains and not self.state.may_pass(writing, length):
-                if ready:
-                    yield ready
-                    ready = Batch()
-                await self._admit(writing, length)
-            ready.append(request)
-        if ready:
-            yield ready

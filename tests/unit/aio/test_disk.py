@@ -95,9 +95,9 @@ def test_a_lock_in_use_and_a_lock_not_shared_exclude_each_other(tmp_path: Path) 
     try:
         locks.apply(one, 0b0011, 0b0010, release=True)
         locks.check(two, 0b0001, 0b0000, path)
-        with pytest.raises(CommandError, match='^Failed to get "write" lock$'):
+        with pytest.raises(CommandError, match=r'^Failed to get "write" lock$'):
             locks.check(two, 0b0010, 0b0000, path)
-        with pytest.raises(CommandError, match='^Failed to get shared "write" lock$'):
+        with pytest.raises(CommandError, match=r'^Failed to get shared "write" lock$'):
             locks.check(two, 0b0001, 0b0010, path)
         locks.apply(one, 0b0001, 0b0000, release=True)
         locks.check(two, 0b0010, 0b0010, path)

@@ -60,7 +60,7 @@ def backend(graph: Graph, perm: Perm, shared: Perm) -> BlockBackend:
 )
 async def test_a_bad_node_name_is_refused(graph: Graph, name: str, text: str) -> None:
     await add(graph, **NULL, node_name="taken")
-    with pytest.raises(CommandError, match=f"^{text}$"):
+    with pytest.raises(CommandError, match=rf"^{text}$"):
         await add(graph, **NULL, node_name=name)
     assert [node.name for node in graph.nodes()] == ["taken"]
 
@@ -74,7 +74,7 @@ async def test_a_name_whose_opening_failed_can_be_used_again(graph: Graph) -> No
 
 async def test_an_inline_child_goes_with_its_parent_and_not_before(graph: Graph) -> None:
     await add(graph, driver="raw", node_name="a", file={"driver": "raw", "node-name": "b", "file": NULL})
-    with pytest.raises(CommandError, match="^Node b is not owned by the monitor$"):
+    with pytest.raises(CommandError, match=r"^Node b is not owned by the monitor$"):
         await graph.blockdev_del("b")
     await graph.blockdev_del("a")
     assert graph.nodes() == []
@@ -108,7 +108,7 @@ async def test_write_permission_is_taken_when_it_is_needed_and_passes_through_ra
     await add(graph, driver="raw", node_name="r", file="f")
     writer = backend(graph, Perm.WRITE, Perm.ALL)
     before = snapshot(graph)
-    with pytest.raises(CommandError, match="^Block node is read-only$"):
+    with pytest.raises(CommandError, match=r"^Block node is read-only$"):
         writer.insert(graph.find_node("r"))
     assert snapshot(graph) == before
     await graph.close_all()
@@ -119,7 +119,7 @@ async def test_image_locks_exclude_a_second_writer_of_the_same_file(graph: Graph
         await add(graph, driver="file", node_name=name, filename=image)
     one, two = (backend(graph, Perm.WRITE, Perm.CONSISTENT_READ) for _ in range(2))
     one.insert(graph.find_node("f"))
-    with pytest.raises(CommandError, match='^Failed to get "write" lock$'):
+    with pytest.raises(CommandError, match=r'^Failed to get "write" lock$'):
         two.insert(graph.find_node("g"))
     await one.remove()
     two.insert(graph.find_node("g"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -49,7 +50,7 @@ class SlowMemory(BlockNode):
 def pieces(draw: st.DrawFn) -> list[tuple[int, int]]:
     """Disjoint unaligned pieces, so that any order of the writes gives one result."""
     cuts = sorted(set(draw(st.lists(st.integers(0, SIZE), min_size=2, max_size=33))))
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if draw(st.booleans())]
+    return [(a, b) for a, b in pairwise(cuts) if draw(st.booleans())]
 
 
 @given(pieces(), st.sampled_from([512, 4096]), st.integers(0, 1 << 16), st.integers(1, 5))

@@ -14,8 +14,9 @@ from qmpd.block.batch import Batch, Request
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
 from qmpd.block.throttle_group import ThrottleState
+from qmpd.block.throttle_limits import no_limits
 from qmpd.events import EventBus
-from qmpd.objects.throttle_group import ThrottleGroup, ThrottleGroupOptions, no_limits
+from qmpd.objects.throttle_group import ThrottleGroup, ThrottleGroupOptions
 from qmpd.qapi.registry import discover
 from qmpd.qom.tree import ObjectTree
 
@@ -104,7 +105,7 @@ async def test_a_drain_lets_waiting_requests_go_at_once(throttled: Any) -> None:
 
 
 async def test_new_limits_hold_for_members_that_are_there_already(throttled: Any) -> None:
-    graph, user, group = throttled
+    _, user, group = throttled
     group.change({"iops-total": 0})
     async with asyncio.timeout(2):
         for i in range(50):

@@ -84,7 +84,7 @@ async def test_a_job_that_fails_aborts_and_keeps_its_error_until_it_is_dismissed
     }
     job.dismiss()
     assert heard[-1] == "null"
-    with pytest.raises(CommandError, match="^Job not found$"):
+    with pytest.raises(CommandError, match=r"^Job not found$"):
         manager.find("j")
 
 
@@ -101,13 +101,13 @@ async def test_without_auto_finalize_a_job_waits_in_pending(manager: JobManager,
 async def test_a_paused_job_does_nothing_until_it_is_resumed(manager: JobManager, heard: list[str]) -> None:
     job = start(manager)
     job.pause()
-    with pytest.raises(CommandError, match="^Job is already paused$"):
+    with pytest.raises(CommandError, match=r"^Job is already paused$"):
         job.pause()
     for _ in range(20):
         await asyncio.sleep(0)
     assert (job.status, job.current) == (Status.PAUSED, 0)
     job.resume()
-    with pytest.raises(CommandError, match="^Can't resume a job that was not paused$"):
+    with pytest.raises(CommandError, match=r"^Can't resume a job that was not paused$"):
         job.resume()
     await ended(job)
     assert heard == ["created", "running", "paused", "running", "waiting", "pending", "concluded", "null"]
@@ -128,19 +128,19 @@ async def test_a_concluded_job_accepts_only_its_dismissal(manager: JobManager, v
     job = start(manager, auto_dismiss=False)
     await ended(job)
     text = f"Job 'j' in state 'concluded' cannot accept command verb '{verb}'"
-    with pytest.raises(StateError, match=f"^{text}$"):
+    with pytest.raises(StateError, match=rf"^{text}$"):
         job.check_verb(verb)
 
 
 @pytest.mark.parametrize("job_id", ["", "a b", "1a", "é"])
 async def test_a_bad_job_id_is_refused(manager: JobManager, job_id: str) -> None:
-    with pytest.raises(CommandError, match=f"^Invalid job ID '{job_id}'$"):
+    with pytest.raises(CommandError, match=rf"^Invalid job ID '{job_id}'$"):
         start(manager, job_id)
 
 
 async def test_an_id_is_taken_until_the_job_is_dismissed(manager: JobManager) -> None:
     job = start(manager, auto_dismiss=False)
-    with pytest.raises(CommandError, match="^Job ID 'j' already in use$"):
+    with pytest.raises(CommandError, match=r"^Job ID 'j' already in use$"):
         start(manager)
     await ended(job)
     job.dismiss()

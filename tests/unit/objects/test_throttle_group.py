@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from qmpd.block.throttle_limits import LIMITS, no_limits
 from qmpd.errors import CommandError, QmpdError
-from qmpd.objects.throttle_group import LIMITS, ThrottleGroup, ThrottleGroupOptions, no_limits
+from qmpd.objects.throttle_group import ThrottleGroup, ThrottleGroupOptions
 from qmpd.qom.protocols import ThrottleMember, Throttler
 from qmpd.qom.tree import ObjectTree
 
