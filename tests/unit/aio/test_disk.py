@@ -77,8 +77,9 @@ async def test_direct_io_takes_any_buffer(tmp_path: Path) -> None:
     try:
         disk = open_disk(tmp_path / "d.img", direct=True)
     except OSError as error:
-        assert error.errno == errno.EINVAL, "this file system has no direct I/O"
-        return
+        if error.errno != errno.EINVAL:
+            raise
+        pytest.skip("the file system of the temporary directory has no direct I/O")
     try:
         data = memoryview(bytearray(b"?" + b"b" * 4096))[1:]
         await disk.pwritev(Batch.single(4096, data))

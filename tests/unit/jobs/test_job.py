@@ -63,7 +63,8 @@ async def test_a_job_that_succeeds_goes_through_waiting_and_pending(manager: Job
     assert heard == ["created", "running"], "both are announced before the command is answered"
     await ended(job)
     assert heard == ["created", "running", "waiting", "pending", "concluded", "null"]
-    assert job.committed and manager.jobs == {}
+    assert job.committed
+    assert manager.jobs == {}
 
 
 async def test_a_job_that_fails_aborts_and_keeps_its_error_until_it_is_dismissed(
@@ -73,7 +74,8 @@ async def test_a_job_that_fails_aborts_and_keeps_its_error_until_it_is_dismissed
     job.fails = "no such luck"
     await ended(job)
     assert heard == ["created", "running", "aborting", "concluded"]
-    assert job.aborted and not job.committed
+    assert job.aborted
+    assert not job.committed
     assert job.to_wire() == {
         "id": "j",
         "type": "create",
@@ -92,7 +94,8 @@ async def test_without_auto_finalize_a_job_waits_in_pending(manager: JobManager,
     job = start(manager, auto_finalize=False)
     for _ in range(20):
         await asyncio.sleep(0)
-    assert job.status is Status.PENDING and not job.committed
+    assert job.status is Status.PENDING
+    assert not job.committed
     job.finalize()
     await ended(job)
     assert job.committed
@@ -120,7 +123,9 @@ async def test_a_cancelled_job_takes_back_its_work_even_when_it_is_paused(manage
         await asyncio.sleep(0)
     job.cancel()
     await ended(job)
-    assert job.aborted and not job.committed and job.status is Status.CONCLUDED
+    assert job.aborted
+    assert not job.committed
+    assert job.status is Status.CONCLUDED
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "cancel", "complete", "finalize"])
