@@ -33,8 +33,6 @@ class CorOptions:
 class CopyOnReadNode(FilterNode):
     """Copies what it reads."""
 
-    strong_options = ("bottom",)
-
     async def open(self, options: CorOptions) -> None:
         """Find the bottom node, which must lie below."""
         self.attach_file(options.file)
