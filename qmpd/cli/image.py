@@ -44,14 +44,17 @@ class Workshop:
         names = {member.name for member in self.schema.members(entity.base)}
         return frozenset(names | {member.name for member in self.schema.members(branch)})
 
-    async def run_creator(self, options: Mapping[str, Any]) -> None:
-        """Do what blockdev-create does with `options`, given as text. Raises ValidationError or CommandError."""
+    async def run_creator(self, options: Mapping[str, Any], **extra: Any) -> None:
+        """Do what blockdev-create does with `options`, given as text. Raises ValidationError or CommandError.
+
+        extra   what the creator takes beyond its options
+        """
         members = dict(validate(self.schema, "BlockdevCreateOptions", dict(options), keyval=True))
         entry = self.graph.registry.creators.get(members.pop("driver"))
         if entry is None:
             raise CommandError(f"Format driver '{options['driver']}' does not support image creation")
         assert entry.options is not None
-        await entry.cls(self.graph).create(build(entry.options, members))
+        await entry.cls(self.graph).create(build(entry.options, members), **extra)
 
     async def read(self, tree: Mapping[str, Any], offset: int, length: int) -> bytes:
         """Open the nodes of a BlockdevOptions tree and return `length` bytes from `offset` of the top one."""
@@ -106,10 +109,12 @@ async def make_image(
     size: str | None = None,
     header_only: bool = False,
     file_options: Mapping[str, Any] | None = None,
+    iterations: int | None = None,
 ) -> None:
     """Like `create_image`, in a workshop that is there already; nothing stays open.
 
     file_options   members of BlockdevCreateOptionsFile for the file below a format
+    iterations     luks: rounds of key derivation in place of a time
     """
     below = file_options or {}
     if image_format in ("raw", "file"):
@@ -118,4 +123,5 @@ async def make_image(
     await shop.run_creator({"driver": "file", "filename": filename, "size": "0", **below})
     reference = {"driver": "file", "filename": filename}
     where = "header" if header_only else "file"
-    await shop.run_creator({"driver": image_format, where: reference, "size": size or "0", **options})
+    extra = {} if iterations is None else {"iterations": iterations}
+    await shop.run_creator({"driver": image_format, where: reference, "size": size or "0", **options}, **extra)

@@ -7,8 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qemu.qmp import QMPError
-
 from qmpd.cli.subcommand import make_parser
 from qmpd.errors import QmpdError
 
@@ -18,6 +16,8 @@ def run(program: str, package: str, description: str, argv: Sequence[str] | None
 
     1 with one line on standard error for what failed, 130 for the interrupt key.
     """
+    from qemu.qmp import QMPError
+
     args = make_parser(program, package, description).parse_args(argv)
     try:
         status: int = asyncio.run(args.subcommand.run(args))
@@ -42,5 +42,6 @@ def ctl_main(argv: Sequence[str] | None = None) -> int:
 
 def img_main(argv: Sequence[str] | None = None) -> int:
     """Run qmpd-img."""
-    description = "Make disk images. Only what is listed here is built yet."
-    return run("qmpd-img", "qmpd.cli.img", description, argv)
+    from qmpd.cli.img import _program
+
+    return _program.main(argv)

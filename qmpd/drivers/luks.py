@@ -15,6 +15,7 @@ from qmpd.aio.pool import BufferPool
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.node import BlockNode
+from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.secretbytes import SecretBytes
@@ -59,13 +60,16 @@ class LuksNode(BlockNode):
         self._passphrase: SecretBytes | None = None
         self._source = options.header or options.file
         self._shared: SharedHeader = header_of(self._source.node)
-        if options.key_secret is None:
-            raise CommandError("Parameter 'key-secret' is required for cipher")
-        passphrase = self.graph.objects.passphrase(options.key_secret)
+        passphrase: SecretBytes | None = None
+        if OpenFlags.NO_IO not in self.graph.open_flags:
+            if options.key_secret is None:
+                raise CommandError("Parameter 'key-secret' is required for cipher")
+            passphrase = self.graph.objects.passphrase(options.key_secret)
         try:
             self.volume: Volume = await self._shared.read(self._source, detached=options.header is not None)
         except BaseException:
-            passphrase.wipe()
+            if passphrase is not None:
+                passphrase.wipe()
             raise
         self._passphrase = passphrase
         self._shared.users += 1
@@ -74,8 +78,10 @@ class LuksNode(BlockNode):
         self._buffers = BufferPool(POOL_CAP)
 
     async def unlock(self) -> None:
-        """Derive the volume key; the passphrase is forgotten either way."""
-        assert self._passphrase is not None, "open comes first"
+        """Derive the volume key, unless nothing will be read; the passphrase is forgotten either way."""
+        if self._passphrase is None:
+            self._refresh_size()
+            return
         try:
             unlocked = await self.volume.unlock(self._source, self._passphrase)
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qmpd.block.backend import BlockBackend
@@ -59,8 +59,11 @@ class LuksCreator:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
-    async def create(self, options: LuksCreateOptions) -> None:
-        """Make the volume. Raises CommandError, OSError."""
+    async def create(self, options: LuksCreateOptions, *, iterations: int | None = None) -> None:
+        """Make the volume. Raises CommandError, OSError.
+
+        iterations   rounds of key derivation, where a time is not to decide it
+        """
         if options.file is None and options.header is None:
             raise CommandError("Either the parameter 'header' or 'file' must be specified")
         async with AsyncExitStack() as stack:
@@ -73,7 +76,7 @@ class LuksCreator:
                 raise CommandError("Parameter 'key-secret' is required for cipher")
             passphrase = self._graph.objects.passphrase(options.key_secret)
             stack.callback(passphrase.wipe)
-            luks1 = options.luks1()
+            luks1 = replace(options.luks1(), iterations=iterations)
             room = header_length(luks1)
             if header is None:
                 assert file is not None

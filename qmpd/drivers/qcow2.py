@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.node import BlockNode, Extent
+from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.drivers._qcow2_check import check_image
 from qmpd.drivers._qcow2_image import Corruption, Image
@@ -48,13 +49,14 @@ class Qcow2Node(BlockNode):
         """Check and open the image; repair it if it was not closed and is to be written."""
         self.file = options.file
         unmap = self.node_options.discard == "unmap"
-        image = await open_image(options, writable=self.writable, unmap=unmap, report=self._report)
+        check = OpenFlags.CHECK in self.graph.open_flags
+        image = await open_image(options, writable=self.writable, unmap=unmap, report=self._report, check=check)
         self.image = image
         header = image.header
         image.bitmaps = await read_bitmaps(image)
         if self.writable:
             await clear_autoclear(image)
-            if header.incompatible & DIRTY:
+            if header.incompatible & DIRTY and not check:
                 await self._repair()
         self.size = header.size // SECTOR * SECTOR
         self.zero_alignment = header.cluster_size

@@ -12,7 +12,7 @@ from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.graph import Graph
 from qmpd.block.node import BlockNode
-from qmpd.block.options import NodeOptions
+from qmpd.block.options import NodeOptions, OpenFlags
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.drivers._qcow2_create import create_qcow2
 from qmpd.drivers._qcow2_options import Qcow2Options
@@ -133,6 +133,7 @@ class FakeGraph:
     """As much of a graph as a node asks for."""
 
     def __init__(self) -> None:
+        self.open_flags = OpenFlags.NONE
         self.events = EventBus()
         self.seen: list[Event] = []
         self.events.subscribe(self.seen.append)

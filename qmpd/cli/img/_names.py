@@ -10,7 +10,6 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from qmpd.block.perm import Perm
 from qmpd.cli.img import _opts
 from qmpd.errors import CommandError, QmpdError
 from qmpd.formats import probe
+from qmpd.qapi import keyval
 from qmpd.qapi.visit import validate
 from qmpd.units import align_up
 
@@ -32,8 +32,24 @@ if TYPE_CHECKING:
 
 _PROTOCOL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.")
 PROTOCOL_DRIVERS = frozenset(("file", "host_device", "null-co", "null-aio", "nbd"))
+SIZE_MEMBERS = frozenset(
+    ("offset", "size", "cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size")
+)
+"""Members that a command line may give with a suffix; the schema has them as integers."""
+
+SIZE_SUFFIXES = (
+    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+)
 MAX_DEPTH = 100
 """Levels of children in a json: name at most."""
+
+
+def parse_size(name: str, text: str) -> int:
+    """Return the bytes a size option means. Raises CommandError with the reference's text."""
+    value = keyval.parse_size(text)
+    if value is None:
+        raise CommandError(f"Parameter '{name}' expects a non-negative number below 2^64", hint=SIZE_SUFFIXES)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +106,8 @@ async def open_image(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
         return await open_backend(shop, name, wish)
     except (QmpdError, OSError) as error:
         text = str(error) if isinstance(error, QmpdError) else os.strerror(error.errno or 0)
-        raise CommandError(f"Could not open '{name}': {text}") from error
+        hint = error.hint if isinstance(error, QmpdError) else None
+        raise CommandError(f"Could not open '{name}': {text}", hint=hint) from error
 
 
 async def open_backend(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
@@ -142,8 +159,12 @@ def read_name(name: str) -> dict[str, Any]:
 
 
 def read_json(name: str) -> dict[str, Any]:
-    """Return the object behind `json:`. Raises CommandError."""
-    text = name.removeprefix("json:")
+    """Return the object behind `json:`. Raises CommandError.
+
+    A backslash at the end of a line, as a command copied from a document may hold inside its quotes, is no part
+    of any JSON and counts as a blank.
+    """
+    text = name.removeprefix("json:").replace("\\\n", " \n")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -156,12 +177,18 @@ def read_json(name: str) -> dict[str, Any]:
 
 def protocol_tree(name: str) -> dict[str, Any]:
     """Return the options of the protocol node that a path or `file:PATH` means. Raises CommandError."""
-    scheme, colon, rest = name.partition(":")
-    if colon and scheme and _PROTOCOL.issuperset(scheme):
+    if has_protocol(name):
+        scheme, _, rest = name.partition(":")
         if scheme != "file":
             raise CommandError(f"Unknown protocol '{scheme}'")
         name = rest
     return {"driver": _file_driver(name), "filename": name}
+
+
+def has_protocol(name: str) -> bool:
+    """Say whether a name starts with a protocol, as `nbd:` or `json:`."""
+    scheme, colon, _ = name.partition(":")
+    return bool(colon and scheme) and _PROTOCOL.issuperset(scheme)
 
 
 def _file_driver(path: str) -> str:
@@ -253,6 +280,9 @@ class _Opener:
         """Return the tree as the schema has it. Raises ValidationError."""
         bare = "backing" in tree and (tree["backing"] is None or tree["backing"] == "")
         text = {name: _text(value) for name, value in tree.items() if not (bare and name == "backing")}
+        for name in SIZE_MEMBERS.intersection(text):
+            if isinstance(text[name], str):
+                text[name] = str(parse_size(name, text[name]))
         checked = dict(validate(self.shop.schema, "BlockdevOptions", text, keyval=True))
         if bare:
             checked["backing"] = None
@@ -297,5 +327,3 @@ def _warn_raw(name: str) -> None:
         "         can make it look like another format. Specify the 'raw' format explicitly (-f raw).",
         file=sys.stderr,
     )
-
-

@@ -3,82 +3,70 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
 
-from qmpd.cli.image import create_image
+from qmpd.cli.image import workshop
+from qmpd.cli.img import _opts
+from qmpd.cli.img._common import add_objects, common, operands, refuse
+from qmpd.cli.img._creation import MAX_SIZE, Request, img_create, print_help
 from qmpd.cli.subcommand import subcommand
-from qmpd.errors import CommandError
-
-FORMATS = ("raw", "qcow2", "luks")
-ALIASES = {"compat": "version", "backing_file": "backing-file", "backing_fmt": "backing-fmt"}
-VERSIONS = {"0.10": "v2", "1.1": "v3"}
-
-
-def parse_pairs(text: str, implied: str = "") -> dict[str, str]:
-    """Parse key=value,key=value, a doubled comma standing for one; raises CommandError.
-
-    implied  the key of a first part that has none
-    """
-    pairs: dict[str, str] = {}
-    for part in text.replace(",,", "\0").split(","):
-        key, sign, value = part.replace("\0", ",").partition("=")
-        if not sign and implied and not pairs:
-            key, value = implied, key
-        elif not sign or not key:
-            raise CommandError(f"'{part}' is not of the form key=value")
-        pairs[key] = value
-    return pairs
-
-
-def creation_members(options: dict[str, str]) -> dict[str, Any]:
-    """Return options in qemu-img's spelling as members of BlockdevCreateOptions, still as text."""
-    members: dict[str, Any] = {}
-    for key, value in options.items():
-        name = ALIASES.get(key, key.replace("_", "-"))
-        if name == "version":
-            value = VERSIONS.get(value, value)
-        target = members
-        *path, last = name.split(".")
-        for step in path:
-            target = target.setdefault(step, {})
-        target[last] = value
-    return members
+from qmpd.errors import CommandError, QmpdError
+from qmpd.qapi import keyval
 
 
 @subcommand("create", help="make an image: raw, qcow2, luks, or a detached luks header")
 class Create:
-    """Make an image. Options are those of qemu-img; detached-header=true makes a luks header without payload."""
+    """Make an image. With -o detached-header=true a luks header is made without payload."""
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("-f", dest="format", choices=FORMATS, default="raw", help="default: %(default)s")
-        parser.add_argument("-o", dest="options", action="append", default=[], metavar="KEY=VALUE,...")
-        parser.add_argument("--object", dest="objects", action="append", default=[], metavar="TYPE,id=ID,...")
-        parser.add_argument("-q", dest="quiet", action="store_true", help="print nothing")
-        parser.add_argument("filename")
-        parser.add_argument("size", nargs="?", help="of the disk, with a suffix such as G")
+        common(parser, "quiet", "objects")
+        parser.add_argument("-f", "--format", default="raw", metavar="FMT", help="format to make (default: raw)")
+        parser.add_argument("-o", "--options", action="append", default=[], metavar="OPTS", help="options, or help")
+        parser.add_argument("-b", "--backing", metavar="FILE", help="make it an overlay of FILE")
+        parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of that file")
+        parser.add_argument("-u", "--backing-unsafe", action="store_true", help="do not look at that file")
+        parser.add_argument("--iterations", type=int, metavar="N", help="luks: rounds of key derivation, not a time")
+        operands(parser, "FILENAME", "SIZE", required=1)
 
     @staticmethod
     async def run(args: argparse.Namespace) -> int:
         """Make it."""
-        options: dict[str, str] = {}
-        for text in args.options:
-            options |= parse_pairs(text)
-        size = options.pop("size", args.size)
-        detached = options.pop("detached-header", "off") in ("on", "true", "yes", "y")
-        if detached and args.format != "luks":
-            raise CommandError(f"Format {args.format} has no detached header")
-        if size is None and not detached:
-            raise CommandError("Image creation needs a size parameter")
-        await create_image(
-            args.filename,
-            args.format,
-            creation_members(options),
-            size=size,
-            header_only=detached,
-            objects=[parse_pairs(text, "qom-type") for text in args.objects],
-        )
-        if not args.quiet:
-            print(f"Made '{args.filename}': {args.format}{' header' if detached else f' of {size}'}")
+        async with workshop() as shop:
+            if _opts.asks_help(args.options):
+                print_help(shop, args.format, with_file=bool(args.operands))
+                return 0
+            if not args.operands:
+                refuse("create", "Expecting image file name")
+            if len(args.operands) > 2:
+                refuse("create", f"Unexpected argument: {args.operands[2]}")
+            filename = args.operands[0]
+            size = None
+            if len(args.operands) > 1:
+                size = _size(args.operands[1])
+            add_objects(shop, args.objects)
+            try:
+                request = Request(shop, filename, args.format, size=size, iterations=args.iterations)
+                if args.iterations is not None and args.format != "luks":
+                    raise CommandError("--iterations is for luks only")
+                request.read(args.options)
+                if args.backing is not None:
+                    request.given["backing_file"] = args.backing
+                if args.backing_format is not None:
+                    request.given["backing_fmt"] = args.backing_format
+                await img_create(request, unsafe=args.backing_unsafe, quiet=args.quiet)
+            except QmpdError as error:
+                raise CommandError(f"{filename}: {error}", hint=error.hint) from error
+            except OSError as error:
+                raise CommandError(f"{filename}: {os.strerror(error.errno or 0)}") from error
         return 0
+
+
+def _size(text: str) -> int:
+    size = keyval.parse_size(text)
+    if size is None:
+        raise CommandError(f"Invalid image size specified: '{text}'.")
+    if size > MAX_SIZE:
+        raise CommandError(f"Invalid image size specified. Must be between 0 and {MAX_SIZE}.")
+    return size
