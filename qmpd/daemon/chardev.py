@@ -146,7 +146,7 @@ def _open_socket(name: str, opts: Opts) -> Chardev:
     if "wait" in values and not server and wait:
         raise CommandError("'wait' option is incompatible with socket in client connect mode")
     if path is not None:
-        chardev = _listen_at(name, path) if server else _connect_to(name, path)
+        chardev = listen_at(name, path) if server else _connect_to(name, path)
     else:
         chardev = _adopt(name, fd or "", server)
     if server and wait:
@@ -159,7 +159,8 @@ def _path_fits(path: str) -> None:
         raise CommandError(f"UNIX socket path '{path}' is too long", hint="Path must be less than 108 bytes")
 
 
-def _listen_at(name: str, path: str) -> Chardev:
+def listen_at(name: str, path: str) -> Chardev:
+    """Return a device that listens at `path`. Raises CommandError."""
     _path_fits(path)
     try:
         listener = bind_listener(path)

@@ -16,6 +16,7 @@ from qmpd.monitor.dispatch import CommandContext
 from qmpd.protocols.qmp import from_text
 from qmpd.protocols.qmp_parser import JsonError
 from qmpd.qapi.visit import snake_case, validate, validate_arguments
+from qmpd.qom.tree import ID_HINT, id_well_formed
 
 
 class HelpWanted(Exception):
@@ -59,6 +60,8 @@ class Configurator:
             raise HelpWanted(self._object_help(tree.get("qom-type")))
         value = validate(self._services.schema, "ObjectOptions", tree, keyval=is_keyval)
         assert isinstance(value, dict)
+        if not id_well_formed(value["id"]):
+            raise CommandError("Parameter 'id' expects an identifier", hint=ID_HINT)
         return value
 
     def _object_help(self, qom_type: str | None) -> str:

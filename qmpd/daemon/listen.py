@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -11,6 +12,7 @@ from typing import Any
 from qmpd.aio.clock import Clock
 from qmpd.aio.unix import Listener
 from qmpd.daemon.chardev import Chardev, open_chardev
+from qmpd.daemon.keyval import parse_opts
 from qmpd.errors import CommandError
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.session import ClientSession
@@ -92,15 +94,13 @@ class Monitors:
 
 
 def _id_of(text: str) -> str | None:
-    from qmpd.daemon.keyval import parse_opts
-
     return parse_opts(text, "backend").as_dict().get("id")
 
 
 def default_path() -> str:
     """Return where the monitor listens if none is named, and make its directory, closed to others.
 
-    Raises CommandError if the directory is not safe.
+    Raises CommandError if the directory is not safe or another daemon is there.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if not runtime and os.geteuid() != 0:
@@ -113,4 +113,8 @@ def default_path() -> str:
         raise CommandError(f"cannot make '{directory}': {os.strerror(error.errno or 0)}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise CommandError(f"'{directory}' is not a directory that only this user can write to")
-    return str(directory / "qmp.sock")
+    path = str(directory / "qmp.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+        probe.connect(path)
+        raise CommandError(f"another daemon listens at '{path}'")
+    return path

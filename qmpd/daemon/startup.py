@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qmpd.daemon import process
-from qmpd.daemon.chardev import adopt_socket, open_chardev, open_compat
+from qmpd.daemon.chardev import adopt_socket, listen_at, open_chardev, open_compat
 from qmpd.daemon.config import Configurator, HelpWanted
 from qmpd.daemon.daemon import Daemon
 from qmpd.daemon.listen import default_path
@@ -132,7 +132,7 @@ async def _apply_system(daemon: Daemon, start: Start) -> None:
     described = system_options.SystemOptions()
     for one in start.given:
         value: Any = None
-        with _Words(one.words):
+        with _Words("" if one.name == "smp" else one.words):  # a property of the machine, named in the text
             match one.name:
                 case "object":
                     objects.append(configure.read_object(one.value))
@@ -173,7 +173,7 @@ async def _apply_system(daemon: Daemon, start: Start) -> None:
     if not _adopt_passed(daemon) and not daemon.monitors.used:
         with _Words(""):
             path = default_path()
-            daemon.monitors.add(open_chardev(f"socket,id=default,path={path.replace(',', ',,')},server=on,wait=off"))
+            daemon.monitors.add(listen_at("default", path))
             daemon.monitors.monitor("default")
     machine.start()
 

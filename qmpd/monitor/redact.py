@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpd.protocols.qmp import to_text
 from qmpd.qapi.ir import ObjectType
@@ -17,29 +17,41 @@ _KEYVAL_SECRET = re.compile(r"((?:^|[,\s])(?:data|password|secret)=)(?:[^,\s]|,,
 _JSON_SECRET = re.compile(r"""((["'])(?:data|password)\2\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)""")
 
 
-def sensitive_names(schema: Schema) -> frozenset[str]:
-    """Return the names of all members that are marked sensitive or hold whatever the client likes.
+class _Hidden(NamedTuple):
+    """Names of members that are not shown, wherever they stand: rather too much is hidden than too little.
 
-    By name only, wherever they stand: rather too much is hidden than too little.
+    scalars   marked sensitive; a container of that name is somebody else's member
+    whole     hold whatever the client likes, of any type
     """
-    names: set[str] = set()
-    for one in schema.types.values():
-        if isinstance(one, ObjectType):
-            names.update(member.name for member in one.members if "sensitive" in member.features)
-            names.update(member.name for member in one.members if member.type == "any")
-    return frozenset(names)
+
+    scalars: frozenset[str]
+    whole: frozenset[str]
+
+
+def _hidden(schema: Schema) -> _Hidden:
+    members = [
+        member for one in schema.types.values() if isinstance(one, ObjectType) for member in schema.members(one.name)
+    ]
+    return _Hidden(
+        frozenset(member.name for member in members if "sensitive" in member.features),
+        frozenset(member.name for member in members if member.type == "any"),
+    )
 
 
 def redacted(schema: Schema, arguments: dict[str, Any]) -> str:
     """Return the arguments of a command as text for the log, without secrets."""
-    hidden = schema.compiled.setdefault("monitor.redact", sensitive_names(schema))
+    hidden = schema.compiled.get(_Hidden)
+    if hidden is None:
+        hidden = schema.compiled[_Hidden] = _hidden(schema)
     return to_text(_masked(arguments, hidden))
 
 
-def _masked(value: Any, hidden: frozenset[str]) -> Any:
+def _masked(value: Any, hidden: _Hidden) -> Any:
     if isinstance(value, dict):
         return {
-            key: MASK if key in hidden and not isinstance(member, dict | list) else _masked(member, hidden)
+            key: MASK
+            if key in hidden.whole or (key in hidden.scalars and not isinstance(member, dict | list))
+            else _masked(member, hidden)
             for key, member in value.items()
         }
     if isinstance(value, list):
