@@ -34,8 +34,8 @@ SNAPSHOT_HEADER_SIZE = 40
 """Bytes of the fixed part of a snapshot table entry."""
 
 MAX_BITMAPS = 65535
-MAX_BITMAP_DIRECTORY_BYTES = 64 << 20
-"""Persistent bitmaps and the bytes of their directory at most (1024 bytes for each)."""
+MAX_BITMAP_DIRECTORY_BYTES = MAX_BITMAPS * 1024
+"""Persistent bitmaps and the bytes of their directory at most: 1 KiB for each."""
 
 COPIED = 1 << 63
 """L1 and L2: the refcount is exactly 1, the cluster may be written in place."""

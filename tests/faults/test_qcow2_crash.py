@@ -171,6 +171,7 @@ async def check_state(kind: Kind, journal: Journal, before: bytes, moment: int, 
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_crash_leaves_leaks_at_most_and_keeps_what_was_flushed(kind: Kind, proof: Proof, tmp_path: Path) -> None:
     need("qemu-img", "qemu-io")
