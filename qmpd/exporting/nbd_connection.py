@@ -246,16 +246,14 @@ class Connection:
 
     def _read(self) -> None:
         assert self._buffer is not None
-        views = [self._buffer.view[self._filled :]]
-        if self._payload is not None:
-            views.insert(0, self._payload.view[self._got :])
+        view = self._buffer.view[self._filled :] if self._filled else self._buffer.view
         try:
-            if self._secure is not None:
-                count = self._secure.recv_into(views[0])
-            elif len(views) == 1:
-                count = self._sock.recv_into(views[0])
+            if self._payload is None:
+                count = self._sock.recv_into(view)
+            elif self._secure is not None:
+                count = self._sock.recv_into(self._payload.view[self._got :])
             else:
-                count = self._sock.recvmsg_into(views)[0]
+                count = self._sock.recvmsg_into((self._payload.view[self._got :], view))[0]
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return
         except OSError as error:
@@ -322,26 +320,33 @@ class Connection:
 
     async def _write(self, requests: list[Request], admitted: int, lease: _Lease) -> None:
         assert self._worker is not None
-        await self._worker.write(requests)
-        self._in_flight -= admitted
+        replies = await self._worker.write(requests)
         if lease.given_up:
             lease.buffer.release()
+        self.replied(replies, admitted, None)
 
     def _start(self, work: Work) -> bool:
         """Run `work` until it waits; True if it has not ended."""
         self._working += 1
-        return eager.start(self._guarded(work), self._loop) is not None
-
-    async def _guarded(self, work: Work) -> None:
-        ended = False
         try:
-            await work
-            ended = True
-        finally:
+            task = eager.start(work, self._loop)
+        except BaseException:
             self._working -= 1
-            if not ended:
-                self._close("internal error, see log")
-            self._pump()
+            self._close("internal error, see log")
+            raise
+        if task is None:
+            self._working -= 1
+            return False
+        task.add_done_callback(self._work_done)
+        return True
+
+    def _work_done(self, task: asyncio.Future[None]) -> None:
+        self._working -= 1
+        error = task.exception()
+        if error is not None:
+            log.error("a request of %r failed in a way that nobody expects", self, exc_info=error)
+            self._close("internal error, see log")
+        self._pump()
 
     def _start_some(self) -> int:
         """Start what waits, as far as one piece of reading goes; returns the bytes it asks for.
@@ -358,7 +363,7 @@ class Connection:
             request = waiting.popleft()
             if request.refusal is not None:
                 worker.refuse(request, *request.refusal)
-            elif request.command == _READ:
+            elif request.command == _READ and request.length:
                 reads.append(request)
                 wanted += request.length
             else:
@@ -383,9 +388,14 @@ class Connection:
                 self._out.append(part)
                 self._queued += len(part)
 
-    def replied(self, admitted: int, buffer: PooledBuffer | None) -> None:
-        """What was queued is all of a piece of work; its buffer is free when it has left."""
-        if self._closed or self._sent == self._queued:
+    def replied(self, parts: list[bytes | memoryview], admitted: int, buffer: PooledBuffer | None) -> None:
+        """Queue the last replies of a piece of work; its buffer is free when they have left."""
+        if self._closed:
+            self._free(admitted, buffer)
+            return
+        self._out.extend(parts)
+        self._queued += sum(map(len, parts))
+        if buffer is None or self._sent == self._queued:
             self._free(admitted, buffer)
         else:
             self._to_release.append((self._queued, admitted, buffer))
@@ -397,14 +407,16 @@ class Connection:
 
     def _pump(self) -> None:
         """Send what is ready and start what waits, until one of them has to wait."""
-        if self._pumping or self._closed:
-            self._settle()
+        if self._pumping:
             return
         self._pumping = True
         budget = TURN
         try:
             while not self._closed:
-                self._send()
+                if self._out:
+                    self._send()
+                if not self._waiting:
+                    break
                 started = self._start_some()
                 if not started:
                     break
@@ -438,7 +450,8 @@ class Connection:
             while self._to_release and self._to_release[0][0] <= self._sent:
                 _, admitted, buffer = self._to_release.popleft()
                 self._free(admitted, buffer)
-        self._watch_room(None)
+        if self._writer is not None:
+            self._watch_room(None)
 
     def _send_plain(self) -> int:
         out = self._out

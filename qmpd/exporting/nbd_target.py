@@ -7,6 +7,7 @@ A target belongs to the data loop; the monitor reads its fields, and changes it 
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left, bisect_right
 from typing import Protocol
 
 from qmpd.aio.pool import BufferPool
@@ -25,6 +26,9 @@ _COMMON = (
     | TransmissionFlag.SEND_CACHE
 )
 _WRITABLE = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+
+MAX_STRETCHES = 1024
+"""Separate stretches of data that are remembered per export."""
 
 CONTEXT_ALLOCATION, CONTEXT_DEPTH = 0, 1
 """Ids of metadata contexts on the wire, the same on every connection."""
@@ -122,28 +126,35 @@ class NbdTarget:
 
 
 class KnownData:
-    """The last stretch of the export that was seen to be stored data.
+    """Stretches of the export that were seen to be stored data.
 
-    Reads inside it need no block status. Data may turn into a hole behind our back: then zeroes
+    Reads inside one need no block status. Data may turn into a hole behind our back: then zeroes
     are sent as data, which costs a little and is never wrong. So holes are not remembered.
     """
 
-    __slots__ = ("end", "start")
+    __slots__ = ("_ends", "_starts")
 
     def __init__(self) -> None:
-        self.start = self.end = 0
+        self._starts: list[int] = []
+        self._ends: list[int] = []
 
     def covers(self, start: int, end: int) -> bool:
         """Say whether [start, end) is known to be data."""
-        return self.start <= start and end <= self.end
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and end <= self._ends[at]
 
     def learn(self, start: int, end: int) -> None:
-        """Remember [start, end); a stretch that touches the last one makes it longer."""
-        if start <= self.end and self.start <= end:
-            self.start, self.end = min(start, self.start), max(end, self.end)
-        else:
-            self.start, self.end = start, end
+        """Remember [start, end), joined with what it touches."""
+        low = bisect_left(self._ends, start)
+        high = bisect_right(self._starts, end)
+        if low < high:
+            start, end = min(start, self._starts[low]), max(end, self._ends[high - 1])
+        self._starts[low:high] = [start]
+        self._ends[low:high] = [end]
+        if len(self._starts) > MAX_STRETCHES:  # so fragmented that asking each time is as well
+            self.forget()
 
     def forget(self) -> None:
         """Something was discarded or zeroed."""
-        self.start = self.end = 0
+        self._starts.clear()
+        self._ends.clear()

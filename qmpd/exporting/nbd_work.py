@@ -7,7 +7,7 @@ Sparse reads: with structured replies a stretch that reads as zeroes is neither 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 from qmpd.aio.pool import PooledBuffer
@@ -42,10 +42,10 @@ class Outlet(Protocol):
     def reply(self, *parts: bytes | memoryview) -> None:
         """Queue bytes; they leave together with whatever else is queued."""
 
-    def replied(self, admitted: int, buffer: PooledBuffer | None) -> None:
-        """What was queued is all of a piece of work that was admitted with `admitted` bytes.
+    def replied(self, parts: list[bytes | memoryview], admitted: int, buffer: PooledBuffer | None) -> None:
+        """Queue the last replies of a piece of work that was admitted with `admitted` bytes.
 
-        Once it has left, `buffer` goes back to its pool.
+        Once they have left, `buffer` goes back to its pool.
         """
 
 
@@ -56,6 +56,7 @@ class Worker:
         self._target, self._backend = target, target.backend
         self._replies = Replies(style)
         self._style = style
+        self._sparse = style is not Style.SIMPLE
         self._contexts = tuple(number for number, _ in contexts)
         self._outlet = outlet
 
@@ -63,32 +64,58 @@ class Worker:
 
     async def read(self, requests: list[Request], admitted: int) -> None:
         """Carry out read requests, which together ask for `admitted` bytes."""
-        buffer = self._target.buffers.take(max(admitted, 1))
-        try:
-            sparse = self._style is not Style.SIMPLE
-            batch = Batch()
-            pieces: list[tuple[Request, list[Piece | tuple[int, int]]]] = []
-            at = 0
-            view = buffer.view
+        buffer = self._target.buffers.take(admitted)
+        if self._sparse:
             for request in requests:
-                parts: list[Piece | tuple[int, int]]
-                if not sparse or self._is_data(request):
-                    piece = Piece(request.offset, view[at : at + request.length])
-                    batch.append(piece)
-                    parts = [piece]
-                else:
-                    parts = await self._split(request, view[at : at + request.length])
-                    batch.extend(part for part in parts if isinstance(part, Piece))
+                if not self._is_data(request):
+                    await self._read_sparse(requests, admitted, buffer)
+                    return
+        view, at = buffer.view, 0
+        batch = Batch()
+        for request in requests:
+            end = at + request.length
+            batch.append(Piece(request.offset, view[at:end]))
+            at = end
+        error = 0
+        try:
+            await self._backend.preadv(batch)
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        parts: list[bytes | memoryview] = []
+        header = self._replies.all_data
+        for request, piece in zip(requests, batch, strict=True):
+            if error or piece.error:
+                parts.append(self._error(request, error or piece.error, "reading from file failed"))
+            else:
+                parts.append(header(request, request.offset, request.length))
+                parts.append(piece.view)
+        self._outlet.replied(parts, admitted, buffer)
+
+    async def _read_sparse(self, requests: list[Request], admitted: int, buffer: PooledBuffer) -> None:
+        """Read like `read`, but look for holes first."""
+        batch = Batch()
+        split: list[list[Piece | tuple[int, int]]] = []
+        view, at = buffer.view, 0
+        error = 0
+        try:
+            for request in requests:
+                part = view[at : at + request.length]
                 at += request.length
-                pieces.append((request, parts))
+                split.append(
+                    [Piece(request.offset, part)] if self._is_data(request) else await self._split(request, part)
+                )
+                batch.extend(piece for piece in split[-1] if isinstance(piece, Piece))
             if batch:
                 await self._backend.preadv(batch)
-        except OSError as error:
-            self._fail(requests, error, "reading from file failed")
-        else:
-            for request, parts in pieces:
-                self._answer_read(request, parts)
-        self._outlet.replied(admitted, buffer)
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        parts: list[bytes | memoryview] = []
+        for position, request in enumerate(requests):
+            if error:
+                parts.append(self._error(request, error, "reading from file failed"))
+            else:
+                parts += self._read_reply(request, split[position])
+        self._outlet.replied(parts, admitted, buffer)
 
     def _is_data(self, request: Request) -> bool:
         """Say whether a read is not worth a look for holes, or known to meet none."""
@@ -123,55 +150,43 @@ class Worker:
             parts.append(Piece(data, view[data - start : end - start]))
         return parts
 
-    def _answer_read(self, request: Request, parts: Sequence[Piece | tuple[int, int]]) -> None:
-        replies, reply = self._replies, self._outlet.reply
-        for part in parts:
+    def _read_reply(self, request: Request, split: Sequence[Piece | tuple[int, int]]) -> Iterator[bytes | memoryview]:
+        for part in split:
             if isinstance(part, Piece) and part.error:
-                reply(replies.error(request, to_nbd_error(part.error), "reading from file failed"))
+                yield self._error(request, part.error, "reading from file failed")
                 return
-        if len(parts) == 1 and isinstance(parts[0], Piece):
-            view = parts[0].view
-            if len(view):
-                reply(replies.data(request, request.offset, len(view)), view)
-            elif self._style is Style.SIMPLE:
-                reply(replies.data(request, request.offset, 0))
-            else:
-                reply(replies.success(request))
-            return
-        last = parts[-1]
-        for part in parts:
+        last = split[-1]
+        for part in split:
             if isinstance(part, Piece):
-                reply(replies.data(request, part.offset, len(part.view), last=part is last), part.view)
+                yield self._replies.data(request, part.offset, len(part.view), last=part is last)
+                yield part.view
             else:
-                reply(replies.hole(request, *part, last=part is last))
+                yield self._replies.hole(request, *part, last=part is last)
 
     # --- writes ---------------------------------------------------------------------------------
 
-    async def write(self, requests: list[Request]) -> None:
-        """Carry out write requests; their payload stays as it is until this has ended."""
+    async def write(self, requests: list[Request]) -> list[bytes | memoryview]:
+        """Carry out write requests and return the replies; until then their payload stays as it is."""
         plain, durable = Batch(), Batch()
-        order: list[tuple[Request, Piece | None]] = []
+        pieces: list[Piece] = []
         through = self._target.writethrough
         for request in requests:
-            if not request.length:
-                order.append((request, None))
-                continue
             assert request.payload is not None
             piece = Piece(request.offset, request.payload)
-            order.append((request, piece))
-            (durable if through or request.flags & _FUA else plain).append(piece)
+            pieces.append(piece)
+            if request.length:
+                (durable if through or request.flags & _FUA else plain).append(piece)
         for batch, flags in ((plain, WriteFlags.NONE), (durable, WriteFlags.FUA)):
             if batch:
                 try:
                     await self._backend.pwritev(batch, flags)
                 except OSError as error:
                     batch.fail(error.errno or errno.EIO)
-        reply, replies = self._outlet.reply, self._replies
-        for request, done in order:
-            if done is not None and done.error:
-                reply(replies.error(request, to_nbd_error(done.error), "writing to file failed"))
-            else:
-                reply(replies.success(request))
+        success = self._replies.success
+        return [
+            self._error(request, piece.error, "writing to file failed") if piece.error else success(request)
+            for request, piece in zip(requests, pieces, strict=True)
+        ]
 
     # --- the rest -------------------------------------------------------------------------------
 
@@ -182,8 +197,8 @@ class Worker:
             try:
                 await work(self, request)
             except OSError as error:
-                self._fail([request], error, text)
-        self._outlet.replied(admitted, None)
+                self._outlet.reply(self._error(request, error.errno or errno.EIO, text))
+        self._outlet.replied([], admitted, None)
 
     async def _flush(self, request: Request) -> None:
         await self._backend.flush()
@@ -237,7 +252,11 @@ class Worker:
             last = position == len(chunks) - 1
             self._outlet.reply(self._replies.status(request, number, extents, last=last))
 
+    async def _nothing(self, request: Request) -> None:
+        self._outlet.reply(self._replies.success(request))
+
     _OTHERS: ClassVar[dict[int, tuple[Callable[[Worker, Request], Work], str]]] = {
+        int(Command.READ): (_nothing, ""),  # of no bytes; others go to `read`
         int(Command.FLUSH): (_flush, "flush failed"),
         int(Command.TRIM): (_trim, "discard failed"),
         int(Command.CACHE): (_cache, "caching data failed"),
@@ -251,9 +270,8 @@ class Worker:
         """Answer a request without carrying it out."""
         self._outlet.reply(self._replies.error(request, error, text))
 
-    def _fail(self, requests: Iterable[Request], error: OSError, text: str) -> None:
-        for request in requests:
-            self.refuse(request, to_nbd_error(error.errno or errno.EIO), text)
+    def _error(self, request: Request, error: int, text: str) -> bytes:
+        return self._replies.error(request, to_nbd_error(error), text)
 
 
 def _steps(request: Request) -> Iterable[tuple[int, int]]:

@@ -15,14 +15,14 @@ _SHORT = {
     "domainComponent": "DC",
     "userId": "UID",
     "emailAddress": "EMAIL",
-    "serialNumber": "serialNumber",
+    "surname": "surName",
 }
 
 
 def peer_name(peer: ssl.SSLSocket) -> str | None:
     """Return the distinguished name of the client's certificate, None if it showed none.
 
-    Written as QEMU's TLS library does it: "CN=host,O=group,...".
+    Written as QEMU's TLS library does it: in the order of the certificate, "C=GB,O=group,CN=host".
     """
     certificate = peer.getpeercert()
     if not certificate:

@@ -38,6 +38,7 @@ _EXTENDED_DATA_CHUNK = struct.Struct(">IHHQQQQ")
 _READ, _WRITE, _DISC, _FLUSH = int(Command.READ), int(Command.WRITE), int(Command.DISC), int(Command.FLUSH)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
+_OFFSET_DATA = int(ChunkType.OFFSET_DATA)
 _DONE = 1
 """NBD_REPLY_FLAG_DONE: the last chunk of a reply."""
 
@@ -246,11 +247,29 @@ class Requests:
         return None
 
 
+def _simple_data(request: Request, offset: int, length: int) -> bytes:
+    return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request.cookie)
+
+
+def _structured_data(request: Request, offset: int, length: int) -> bytes:
+    return _DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, _DONE, _OFFSET_DATA, request.cookie, length + 8, offset)
+
+
+def _extended_data(request: Request, offset: int, length: int) -> bytes:
+    return _EXTENDED_DATA_CHUNK.pack(
+        EXTENDED_REPLY_MAGIC, _DONE, _OFFSET_DATA, request.cookie, request.offset, length + 8, offset
+    )
+
+
 class Replies:
-    """Makes the headers of replies in the style that was agreed; data is sent beside them."""
+    """Makes the headers of replies in the style that was agreed; data is sent beside them.
+
+    all_data   (request, offset, length) -> what precedes the last or only data of a read
+    """
 
     def __init__(self, style: Style) -> None:
         self._style = style
+        self.all_data = (_simple_data, _structured_data, _extended_data)[style]
 
     def success(self, request: Request) -> bytes:
         """Return the whole reply to a request that asked for no data, or for none of it."""
@@ -273,15 +292,12 @@ class Replies:
 
         With simple replies the data must be all of the request.
         """
-        if self._style is Style.SIMPLE:
-            return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request.cookie)
-        done = _DONE if last else 0
+        if last:
+            return self.all_data(request, offset, length)
         if self._style is Style.STRUCTURED:
-            return _DATA_CHUNK.pack(
-                STRUCTURED_REPLY_MAGIC, done, ChunkType.OFFSET_DATA, request.cookie, length + 8, offset
-            )
+            return _DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, 0, _OFFSET_DATA, request.cookie, length + 8, offset)
         return _EXTENDED_DATA_CHUNK.pack(
-            EXTENDED_REPLY_MAGIC, done, ChunkType.OFFSET_DATA, request.cookie, request.offset, length + 8, offset
+            EXTENDED_REPLY_MAGIC, 0, _OFFSET_DATA, request.cookie, request.offset, length + 8, offset
         )
 
     def hole(self, request: Request, offset: int, length: int, *, last: bool) -> bytes:
