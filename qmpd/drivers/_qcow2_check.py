@@ -24,6 +24,7 @@ from qmpd.formats.qcow2 import (
     REFCOUNT_TABLE_MASK,
     ZERO,
     compressed_extent,
+    hex0,
     unpack_entries,
 )
 from qmpd.formats.qcow2_header import CORRUPT, DIRTY
@@ -140,7 +141,7 @@ def _refer(image: Image, counts: Counts, result: CheckResult, offset: int, lengt
     if offset + length - image.file.size >= image.cluster_size:
         result.say(
             "ERROR: counting reference for region exceeding the end of the file by one cluster or more:"
-            f" offset {offset:#x} size {length:#x}"
+            f" offset {hex0(offset)} size {hex0(length)}"
         )
         result.corruptions += 1
         return
@@ -158,12 +159,14 @@ async def count_references(image: Image, result: CheckResult) -> Counts:
         where = f"ERROR snapshot {snapshot.identifier} ({snapshot.name})"
         if snapshot.l1_table_offset % header.cluster_size:
             result.say(
-                f"{where} l1_offset={snapshot.l1_table_offset:#x}: L1 table is not cluster aligned;"
+                f"{where} l1_offset={hex0(snapshot.l1_table_offset)}: L1 table is not cluster aligned;"
                 " snapshot table entry corrupted"
             )
             result.corruptions += 1
         elif snapshot.l1_size > MAX_L1_BYTES // ENTRY_SIZE:
-            result.say(f"{where} l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted")
+            result.say(
+                f"{where} l1_size={hex0(snapshot.l1_size)}: L1 table is too large; snapshot table entry corrupted"
+            )
             result.corruptions += 1
         else:
             await _count_l1(image, counts, result, snapshot.l1_table_offset, snapshot.l1_size, active=False)
@@ -229,7 +232,7 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
         if entry & COMPRESSED:
             if entry & COPIED:
                 result.say(
-                    f"ERROR: coffset={entry & OFFSET_MASK:#x}: copied flag must never be set for compressed clusters"
+                    f"ERROR: coffset={hex0(entry & OFFSET_MASK)}: copied flag must never be set for compressed clusters"
                 )
                 result.corruptions += 1
             place, length = compressed_extent(entry, image.cluster_bits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO, ClusterType
+from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO, ClusterType, hex0
 
 if TYPE_CHECKING:
     from qmpd.drivers._qcow2_cache import Slice
@@ -53,7 +53,7 @@ async def find_slice(image: Image, offset: int) -> Place | None:
     if not entry:
         return None
     if entry & image.cluster_size - 1:
-        raise Corruption(f"L2 table offset {entry:#x} unaligned (L1 index: {l1_index:#x})")
+        raise Corruption(f"L2 table offset {hex0(entry)} unaligned (L1 index: {hex0(l1_index)})")
     index = offset >> bits & (1 << image.l2_bits) - 1
     slice_offset = entry + (index >> image.slice_bits) * image.l2.length
     found = image.l2.get(slice_offset)
@@ -106,7 +106,7 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
                 if not modern:
                     raise Corruption(
                         "Zero cluster entry found in pre-v3 image"
-                        f" (L2 offset: {place.table_offset:#x}, L2 index: {index:#x})"
+                        f" (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
                     )
                 if host & mask:
                     raise _unaligned(host, place, index)
@@ -136,7 +136,7 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
 
 def _unaligned(host: int, place: Place, index: int) -> Corruption:
     return Corruption(
-        f"Cluster allocation offset {host:#x} unaligned (L2 offset: {place.table_offset:#x}, L2 index: {index:#x})"
+        f"Cluster allocation offset {hex0(host)} unaligned (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
     )
 
 

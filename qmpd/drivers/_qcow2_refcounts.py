@@ -19,6 +19,7 @@ from qmpd.formats.qcow2 import (
     OFFSET_MASK,
     REFCOUNT_TABLE_MASK,
     RefcountCodec,
+    hex0,
     pack_entries,
     zero_entries,
 )
@@ -72,7 +73,9 @@ class Refcounts:
         if not block:
             return None
         if block & self.cluster_size - 1:
-            await self.image.corrupt(f"Refblock offset {block:#x} unaligned (reftable index: {index:#x})", fatal=True)
+            await self.image.corrupt(
+                f"Refblock offset {hex0(block)} unaligned (reftable index: {hex0(index)})", fatal=True
+            )
             raise OSError(errno.EIO, "refcount block is not aligned")
         within = (cluster & (1 << self.block_bits) - 1) // self.per_slice
         return await self.cache.load(block + within * self.cache.length)

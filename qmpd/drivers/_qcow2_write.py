@@ -23,6 +23,7 @@ from qmpd.formats.qcow2 import (
     ClusterType,
     cluster_type,
     compressed_extent,
+    hex0,
 )
 from qmpd.units import KiB
 
@@ -140,7 +141,7 @@ async def _classify(
                 assert place is not None
                 raise Corruption(
                     "Zero cluster entry found in pre-v3 image"
-                    f" (L2 offset: {place.table_offset:#x}, L2 index: {index:#x})"
+                    f" (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
                 )
             plan = plans.get(offset - within)
             if plan is None:
@@ -154,7 +155,7 @@ def _checked_host(image: Image, entry: int, offset: int) -> int:
     host = entry & OFFSET_MASK
     if host & image.cluster_size - 1 or not host:
         kind = "Preallocated zero" if entry & ZERO else "Data"
-        raise Corruption(f"{kind} cluster offset {host:#x} unaligned (guest offset: {offset:#x})")
+        raise Corruption(f"{kind} cluster offset {hex0(host)} unaligned (guest offset: {hex0(offset)})")
     return host
 
 
@@ -390,7 +391,7 @@ async def writable_slice(image: Image, guest: int) -> Place:
 async def _own_table(image: Image, index: int, old: int) -> None:
     """Give L1 entry `index` a table of its own: empty, or a copy of the shared one at `old`."""
     if old & image.cluster_size - 1:
-        raise Corruption(f"L2 table offset {old:#x} unaligned (L1 index: {index:#x})")
+        raise Corruption(f"L2 table offset {hex0(old)} unaligned (L1 index: {hex0(index)})")
     await image.before_change()
     cluster = await image.refcounts.allocate_run(1, "L2 table")
     offset = cluster << image.cluster_bits

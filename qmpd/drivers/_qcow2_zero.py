@@ -14,7 +14,7 @@ from qmpd.block.batch import Batch, WriteFlags
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, map_range
 from qmpd.drivers._qcow2_write import free_entry, writable_slice, write_batch
-from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO
+from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO, hex0
 from qmpd.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ async def _change_slice(image: Image, start: int, stop: int, change: Change, kep
             continue
         if old & image.cluster_size - 1 & OFFSET_MASK and not old & COMPRESSED:
             guest = start + (index - place.index << image.cluster_bits)
-            raise Corruption(f"Cannot free unaligned cluster {old & OFFSET_MASK:#x} (guest offset: {guest:#x})")
+            raise Corruption(f"Cannot free unaligned cluster {hex0(old & OFFSET_MASK)} (guest offset: {hex0(guest)})")
         table[index] = new
         changed = True
         if given_up:

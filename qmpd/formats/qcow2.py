@@ -59,6 +59,11 @@ L2_RESERVED = 0x3F00_0000_0000_01FE
 _LITTLE = sys.byteorder == "little"
 
 
+def hex0(value: int) -> str:
+    """Return a number as the reference's texts print it: hexadecimal, but a zero without 0x."""
+    return f"{value:#x}" if value else "0"
+
+
 class ClusterType(enum.IntEnum):
     """What an L2 entry stands for."""
 
