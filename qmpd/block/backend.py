@@ -331,6 +331,7 @@ class BlockBackend:
         async def work() -> None:
             async with self._admitted(1) as root:
                 await root.node.truncate(size, exact=exact, preallocation=preallocation)
+                _tell_parents(root.node)
 
         await self._home(work())
 
@@ -349,3 +350,14 @@ class BlockBackend:
         batch = Batch.single(offset, memoryview(data))
         await self.pwritev(batch, flags)
         batch.raise_first()
+
+
+def _tell_parents(node: BlockNode) -> None:
+    """Let the nodes above see that `node` has another size now."""
+    for edge in node.parents:
+        above = edge.parent
+        if isinstance(above, BlockNode):
+            before = above.size
+            above.child_resized()
+            if above.size != before:
+                _tell_parents(above)

@@ -58,6 +58,10 @@ class FilterNode(BlockNode):
         await self.file.node.truncate(size, exact=exact, preallocation=preallocation)
         self.size = self.file.size
 
+    def child_resized(self) -> None:
+        """Follow the child."""
+        self.size = self.file.size
+
     def image_info(self) -> dict[str, Any]:
         """What the child says of its clusters."""
         below = self.file.node.image_info()

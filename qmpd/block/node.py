@@ -191,6 +191,17 @@ class BlockNode:
         """
         raise OSError(errno.ENOTSUP, "this driver cannot resize")
 
+    def child_resized(self) -> None:
+        """Called when the child's size was changed from elsewhere; a window to its end follows."""
+
+    async def check(self, *, fix_leaks: bool, fix_errors: bool) -> Any:
+        """Check the tables of the format and mend what the arguments allow; no request uses the node.
+
+        Returns what was found, with the members of ImageCheck as attributes and `messages` for people.
+        Raises OSError(ENOTSUP) if the format has no checks.
+        """
+        raise OSError(errno.ENOTSUP, "no checks")
+
     def drained_begin(self) -> None:
         """(Parent) Called when a node below is to become quiet; passed upwards by the graph."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 from qmpd.block import info, stats
+from qmpd.block.backend import BlockBackend
+from qmpd.block.perm import Perm
 from qmpd.context import Context
 from qmpd.errors import CommandError
 from qmpd.jobs.block_job import BlockJob
@@ -83,3 +87,25 @@ async def block_set_write_threshold(ctx: Context, *, node_name: str, write_thres
     if node is None:
         raise CommandError(f"Device '{node_name}' not found")
     node.write_threshold = write_threshold
+
+
+@command("block_resize")
+async def block_resize(ctx: Context, *, size: int, device: str | None = None, node_name: str | None = None) -> None:
+    """Change the size of a node that nobody keeps from being resized."""
+    node = ctx.graph.lookup(device, node_name)
+    if size >= 1 << 63 or size < 0:
+        raise CommandError("Parameter 'size' expects a >0 size")
+    ctx.graph.check_blocked(node)
+    backend = BlockBackend(ctx.graph, lambda: "an unnamed block device", Perm.RESIZE, Perm.ALL)
+    try:
+        async with ctx.graph.drained(node):
+            backend.insert(node)
+            if node.read_only:
+                raise CommandError("Image is read-only")
+            await backend.truncate(size)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            raise CommandError("Image format driver does not support resize") from error
+        raise CommandError(f"Failed to resize the image: {os.strerror(error.errno or errno.EIO)}") from error
+    finally:
+        await backend.remove()

@@ -94,6 +94,10 @@ class RawNode(BlockNode):
         await self.file.pwritev(batch.shifted(self.start), flags)
         self._follow()
 
+    def child_resized(self) -> None:
+        """Follow the child."""
+        self._follow()
+
     def _follow(self) -> None:
         """Grow with the child, as a plain raw node does while a format above allocates."""
         if self.window is None:
