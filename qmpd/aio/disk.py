@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from qmpd.aio.pool import BufferPool, PooledBuffer, in_disk_thread
@@ -329,6 +329,14 @@ def _device_size(fd: int) -> int:
 
 
 async def open_fd(path: str, flags: int, mode: int = 0o644) -> int:
-    """Open a path in a thread (a dead network file system must not stop a loop). Raises OSError."""
-    opener: Callable[[], int] = lambda: os.open(path, flags | os.O_CLOEXEC, mode)  # noqa: E731
-    return await in_disk_thread(opener)
+    """Open a path in a thread: a dead network file system must not stop a loop. Raises OSError.
+
+    A pipe without a partner does not hold it up either.
+    """
+
+    def work() -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, mode)
+        os.set_blocking(fd, True)
+        return fd
+
+    return await in_disk_thread(work)

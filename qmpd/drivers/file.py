@@ -101,8 +101,6 @@ class FileNode(BlockNode):
         return CommandError(f"Could not open '{self.path}': {os.strerror(error.errno or errno.EIO)}")
 
     def _check_kind(self, mode: int) -> None:
-        if stat.S_ISDIR(mode):
-            raise CommandError(f"Could not open '{self.path}': Is a directory")
         if not stat.S_ISREG(mode):
             raise CommandError(f"'file' driver requires '{self.path}' to be a regular file")
 
@@ -250,8 +248,6 @@ class HostDeviceNode(FileNode):
             raise CommandError("The 'host_device' block driver requires a file name")
 
     def _check_kind(self, mode: int) -> None:
-        if stat.S_ISDIR(mode):
-            raise CommandError(f"Could not open '{self.path}': Is a directory")
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
             raise CommandError(f"'host_device' driver requires '{self.path}' to be either a character or block device")
 
