@@ -136,7 +136,8 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
 
 def _unaligned(host: int, place: Place, index: int) -> Corruption:
     return Corruption(
-        f"Cluster allocation offset {hex0(host)} unaligned (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
+        f"Cluster allocation offset {hex0(host)} unaligned"
+        f" (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
     )
 
 
