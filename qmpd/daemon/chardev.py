@@ -12,7 +12,7 @@ import stat
 import sys
 from dataclasses import dataclass, field
 
-from qmpd.aio.unix import bind_listener
+from qmpd.aio.unix import bind_listener, peer_uid
 from qmpd.daemon.keyval import Opts, parse_bool, parse_opts
 from qmpd.errors import CommandError
 from qmpd.qom.tree import ID_HINT, id_well_formed
@@ -212,5 +212,9 @@ def _wait_for_client(chardev: Chardev) -> None:
     sys.stderr.write(f"QEMU waiting for connection on: {chardev.filename(0)}\n")
     sys.stderr.flush()
     chardev.listener.setblocking(True)
-    client, _ = chardev.listener.accept()
-    chardev.connected.append(client)
+    while not chardev.connected:
+        client, _ = chardev.listener.accept()
+        if chardev.trusted or peer_uid(client) in (0, os.geteuid()):
+            chardev.connected.append(client)
+        else:
+            client.close()

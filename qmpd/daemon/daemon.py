@@ -12,6 +12,7 @@ import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from qmpd.aio.clock import LoopClock
 from qmpd.aio.loop import DataLoop
@@ -30,19 +31,23 @@ from qmpd.qom.tree import ObjectTree
 
 _log = logging.getLogger("qmpd.daemon")
 
-COMMAND_PATIENCE = 10.0
-"""Seconds that a command which runs at the end may still take."""
+COMMAND_PATIENCE = 8.0
+"""Seconds that a command which runs at the end may still take; libvirt kills what needs more than 10."""
 
 CLIENT_PATIENCE = 2.0
 """Seconds in which a client has to take its last messages."""
 
 
 class Daemon:
-    """Services, monitors and dispatcher of one process, on the running loop."""
+    """Services, monitors and dispatcher of one process, on the running loop.
+
+    Making one raises SchemaError if the code and the schema do not say the same.
+    """
 
     def __init__(self, program: str, schema: qapi_schema.Schema) -> None:
         registry = registered(schema)
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_defect)
         self._ending: asyncio.Future[str] = self._loop.create_future()
         self._data_loop = DataLoop()
         events = EventBus(schema.events)
@@ -109,3 +114,8 @@ class Daemon:
 
     async def _close_objects(self) -> None:
         self.services.objects.close()
+
+
+def _log_defect(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback of the loop raised: a defect, which is to end nothing."""
+    _log.error("defect in a callback: %s", context.get("message"), exc_info=context.get("exception"))

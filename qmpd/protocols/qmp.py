@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpd.protocols.qmp_lexer import Kind, Lexer, Token
-from qmpd.protocols.qmp_parser import JsonError, has_noncharacter, parse_number, parse_tokens
+from qmpd.protocols.qmp_parser import JsonError, displayed, has_noncharacter, parse_number, parse_tokens
 from qmpd.protocols.qmp_writer import to_text, to_wire
 
 __all__ = ["CommandFramer", "Malformed", "from_text", "to_text", "to_wire"]
+
+NUL = b"\0"
+"""Where the reference stops to show a token."""
 
 MAX_TOTAL = 64 << 20
 """Bytes in all tokens of one message, one more counted for the newest: a limit of the reference."""
@@ -161,8 +164,7 @@ class CommandFramer:
         """Add a token to the message; return what is to be handed out, if anything, in a tuple."""
         if kind is Kind.ERROR:
             self._reset()
-            shown = text.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-            return (Malformed(f"JSON parse error, stray '{shown}'"),)
+            return (Malformed(f"JSON parse error, stray '{displayed(text.split(NUL, 1)[0])}'"),)
         if kind is Kind.OPEN_OBJECT:
             self._braces += 1
         elif kind is Kind.CLOSE_OBJECT:

@@ -22,7 +22,7 @@ class Kind(enum.IntEnum):
     """What a token is; punctuation has a kind of its own each."""
 
     ERROR = 0
-    """Bytes that begin no token; the lexer skips to the next control or structural character."""
+    """Bytes that begin no token; the lexer skips to the next control (tabs aside) or structural character."""
     OPEN_OBJECT = 1
     CLOSE_OBJECT = 2
     OPEN_LIST = 3
@@ -77,7 +77,7 @@ class _State(enum.IntEnum):
 
 
 _RUN: dict[_State, re.Pattern[bytes]] = {
-    _State.RECOVERY: re.compile(rb"[^\x00-\x1f\xfe\xff{}\[\]:,]+"),
+    _State.RECOVERY: re.compile(rb"[^\x00-\x08\x0a-\x1f\xfe\xff{}\[\]:,]+"),
     _State.DIGITS: re.compile(rb"[0-9]+"),
     _State.FRACTION: re.compile(rb"[0-9]+"),
     _State.EXPONENT_DIGITS: re.compile(rb"[0-9]+"),

@@ -46,6 +46,25 @@ def has_noncharacter(text: str) -> bool:
     return _NOT_A_CHARACTER.search(text) is not None
 
 
+_SEQUENCE = re.compile(
+    rb"[\xc0-\xdf][\x80-\xbf]?|[\xe0-\xef][\x80-\xbf]{0,2}|[\xf0-\xf7][\x80-\xbf]{0,3}"
+    rb"|[\xf8-\xfb][\x80-\xbf]{0,4}|[\xfc\xfd][\x80-\xbf]{0,5}|[\x80-\xbf\xfe\xff]"
+)
+"""What is taken for one character of several bytes, right or wrong."""
+
+
+def displayed(data: bytes) -> str:
+    """Return bytes as the text of an error shows them: U+FFFD for each sequence that is no character."""
+
+    def character(match: re.Match[bytes]) -> bytes:
+        try:
+            return _plain(match[0]).encode()
+        except JsonError:
+            return "\ufffd".encode()
+
+    return _SEQUENCE.sub(character, data).decode()
+
+
 def _plain(piece: bytes) -> str:
     try:
         text = piece.replace(b"\xc0\x80", b"\0").decode("utf-8")
