@@ -17,7 +17,7 @@ from qmpd.block.child import Child
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
-from qmpd.drivers._qcow2_check import check_image
+from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
@@ -29,6 +29,7 @@ from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ClusterType
 from qmpd.formats.qcow2_header import COMPRESSION_TYPES, CORRUPT, DIRTY, LAZY_REFCOUNTS
+from qmpd.formats.qcow2_snapshot import BITMAP_IN_USE
 from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR
 
@@ -55,6 +56,7 @@ class Qcow2Node(BlockNode):
         header = image.header
         image.bitmaps = await read_bitmaps(image)
         if self.writable:
+            image.bitmaps_fresh = any(not bitmap.flags & BITMAP_IN_USE for bitmap in image.bitmaps)
             await clear_autoclear(image)
             if header.incompatible & DIRTY and not check:
                 await self._repair()
@@ -153,6 +155,10 @@ class Qcow2Node(BlockNode):
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Grow or shrink the guest disk; what is new reads as zeroes."""
         self.size = await resize(self.image, size, self.size, self._backing(), preallocation)
+
+    async def check(self, *, fix_leaks: bool, fix_errors: bool) -> CheckResult:
+        """Compare refcounts and flags with what refers to each cluster, and mend them."""
+        return await check_image(self.image, fix_leaks=fix_leaks, fix_errors=fix_errors)
 
     # --- descriptions -----------------------------------------------------------------------------
 

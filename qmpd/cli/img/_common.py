@@ -73,6 +73,18 @@ def check_exclusive(args: argparse.Namespace) -> None:
         raise CommandError("--image-opts and --format are mutually exclusive")
 
 
+def parse_number(what: str, text: str, low: int = 0, high: int = (1 << 63) - 1) -> int:
+    """Return the number, or size with a suffix, of an option named `what`. Raises CommandError."""
+    from qmpd.qapi.keyval import parse_size
+
+    value = parse_size(text)
+    if value is None:
+        raise CommandError(f"Invalid {what} specified: '{text}'.")
+    if not low <= value <= high:
+        raise CommandError(f"Invalid {what} specified. Must be between {low} and {high}.")
+    return value
+
+
 def cache_mode(text: str, what: str = "cache option") -> Cache:
     """Return the meaning of a cache mode. Raises CommandError."""
     from qmpd.cli.img._names import CACHES

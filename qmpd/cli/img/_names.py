@@ -77,6 +77,7 @@ class Wish:
 
     image_format  None: found by its first bytes        image_opts  the name is a list of options
     resize        its size will change                  unmap       discards and zero writes may free space
+    alone         nobody may write to it meanwhile      extra       options of the top node, dotted names and text
     """
 
     image_format: str | None = None
@@ -85,6 +86,8 @@ class Wish:
     resize: bool = False
     force_share: bool = False
     unmap: bool = False
+    alone: bool = False
+    extra: tuple[tuple[str, str], ...] = ()
     cache: Cache = Cache()
     flags: OpenFlags = OpenFlags.NONE
     quiet: bool = False
@@ -118,7 +121,8 @@ async def open_backend(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
         perm |= Perm.WRITE
     if wish.resize:
         perm |= Perm.RESIZE
-    backend = BlockBackend(shop.graph, lambda: "an unnamed block device", perm, Perm.ALL)
+    shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if wish.alone else Perm.ALL
+    backend = BlockBackend(shop.graph, lambda: "an unnamed block device", perm, shared)
     try:
         backend.insert(node)
     except BaseException:
@@ -133,6 +137,12 @@ async def open_backend(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
 async def open_node(shop: Workshop, name: str, wish: Wish) -> BlockNode:
     """Open the nodes that a name means and return the top one, owned by the caller (`monitor_owned`)."""
     tree = read_options(name) if wish.image_opts else read_name(name)
+    for name, value in _opts.flatten(_opts.crumple([*wish.extra])):
+        *path, last = name.split(".")
+        place = tree
+        for step in path:
+            place = place.setdefault(step, {})
+        place[last] = value
     before, shop.graph.open_flags = shop.graph.open_flags, wish.flags
     try:
         if wish.image_format is not None:

@@ -1,0 +1,245 @@
+"""Copying between images: windows of 2 MiB, several in flight, zeroes found and left out where that is allowed.
+
+At most `parallel` windows are in memory. Unless told otherwise, writes begin in the order of the disk, so that a
+format that allocates as it goes lays its clusters out in that order too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qmpd.block.batch import Batch, Request, WriteFlags
+from qmpd.block.node import BlockNode
+from qmpd.cli.img._status import Stretch, stretches
+from qmpd.units import KiB, MiB, align_down
+
+if TYPE_CHECKING:
+    from qmpd.block.backend import BlockBackend
+    from qmpd.cli.img._progress import Progress
+
+WINDOW = 2 * MiB
+"""Bytes that one worker copies at a time."""
+
+_zeroes = bytes(WINDOW)
+
+
+class Zeroes(enum.Enum):
+    """What is done where the source is zero.
+
+    SKIP   nothing: the target is zero there already     PUNCH  a zero write
+    WRITE  zeroes are written as data: the target knows no better way, or is to be allocated
+    """
+
+    SKIP = enum.auto()
+    PUNCH = enum.auto()
+    WRITE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input and the place of its first byte in the output."""
+
+    backend: BlockBackend
+    start: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """A part of the output, at most WINDOW bytes of data in it, from one source.
+
+    data   (offset, length) in the output of what is to be read       zero   of what is zero
+    """
+
+    source: Source
+    start: int
+    data: list[tuple[int, int]] = field(default_factory=list)
+    zero: list[tuple[int, int]] = field(default_factory=list)
+    end: int = 0
+
+
+@dataclass(slots=True)
+class Copier:
+    """One copy.
+
+    sparse      bytes of zeroes in a row that are not written as data; 0: never looked for
+    keep_layer  copy only what the top layer of a source holds: the target has a backing file
+    compress    write compressed clusters of this many bytes, 0: do not compress
+    """
+
+    sources: Sequence[Source]
+    target: BlockBackend
+    progress: Progress
+    zeroes: Zeroes
+    sparse: int = 4 * KiB
+    parallel: int = 8
+    in_order: bool = True
+    keep_layer: bool = False
+    compress: int = 0
+    flags: WriteFlags = WriteFlags.NONE
+    _begun: int = 0
+    _turn: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _taken: int = 0
+
+    async def run(self) -> None:
+        """Copy everything. Raises OSError."""
+        windows = self._windows()
+        door = asyncio.Lock()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.parallel):
+                group.create_task(self._worker(windows, door))
+
+    async def _windows(self) -> AsyncIterator[_Window]:
+        below = 0 if not self.keep_layer else self._backing_size()
+        for source in self.sources:
+            node = source.backend.node
+            assert node is not None
+            backing = node.children.get("backing") if self.keep_layer else None
+            window: _Window | None = None
+            base = backing.node if backing is not None else None
+            async for stretch in stretches(node, 0, source.backend.size, base=base, joined=False):
+                for one in _cut(stretch, self.zeroes is Zeroes.WRITE):
+                    if window is not None and (window.end != one.start or one.end > window.start + WINDOW):
+                        yield window
+                        window = None
+                    if window is None:
+                        window = _Window(source, one.start)
+                    window.end = one.end
+                    if self.keep_layer and one.zero and not one.present and one.start + source.start >= below:
+                        continue
+                    if one.zero:
+                        window.zero.append((one.start, one.length))
+                    elif one.data or one.present:
+                        window.data.append((one.start, one.length))
+            if window is not None:
+                yield window
+
+    def _backing_size(self) -> int:
+        """Return the bytes of the target's backing file: behind them it is zero by itself."""
+        assert self.target.node is not None
+        backing = self.target.node.children.get("backing")
+        return 0 if backing is None else backing.size
+
+    async def _worker(self, windows: AsyncIterator[_Window], door: asyncio.Lock) -> None:
+        buffer = bytearray(WINDOW)
+        while True:
+            async with door:
+                try:
+                    window = await anext(windows)
+                except StopAsyncIteration:
+                    return
+                number, self._taken = self._taken, self._taken + 1
+            await self._copy(window, number, buffer)
+            self.progress.add(window.end - window.start)
+
+    async def _copy(self, window: _Window, number: int, buffer: bytearray) -> None:
+        with memoryview(buffer) as view:
+            reads = Batch(
+                Request(offset, view[offset - window.start : offset - window.start + length])
+                for offset, length in window.data
+            )
+            if reads:
+                await window.source.backend.preadv(reads)
+                reads.raise_first()
+            writes, holes = self._plan(window, reads, buffer)
+            if self.in_order:
+                async with self._turn:
+                    await self._turn.wait_for(lambda: self._begun == number)
+            try:
+                work = asyncio.ensure_future(self._write(writes, holes))
+                if self.in_order:
+                    # The write has to have begun, not ended, before the next one may begin.
+                    await asyncio.sleep(0)
+            finally:
+                if self.in_order:
+                    async with self._turn:
+                        self._begun += 1
+                        self._turn.notify_all()
+            await work
+
+    async def _write(self, writes: Batch, holes: list[tuple[int, int]]) -> None:
+        if writes:
+            if self.compress:
+                await self._write_compressed(writes)
+            else:
+                await self.target.pwritev(writes, self.flags)
+            writes.raise_first()
+        for offset, length in holes:
+            await self.target.pwrite_zeroes(offset, length, WriteFlags.MAY_UNMAP | self.flags)
+
+    async def _write_compressed(self, writes: Batch) -> None:
+        node = self.target.node
+        assert node is not None
+        compressed = node.pwrite_compressed  # type: ignore[attr-defined]
+        for request in writes:
+            await compressed(request.offset, request.view)
+
+    def _plan(self, window: _Window, reads: Batch, buffer: bytearray) -> tuple[Batch, list[tuple[int, int]]]:
+        """Return what is to be written where in the target, as data and as holes."""
+        shift = window.source.start
+        writes = Batch()
+        holes: list[tuple[int, int]] = []
+        for offset, length in window.zero:
+            if self.zeroes is Zeroes.WRITE:
+                writes.append(Request(offset + shift, memoryview(_zeroes)[:length]))
+            elif self.zeroes is Zeroes.PUNCH:
+                holes.append((offset + shift, length))
+        for request in reads:
+            if not self.sparse or self.zeroes is Zeroes.WRITE:
+                writes.append(Request(request.offset + shift, request.view))
+                continue
+            at = request.offset - window.start
+            for start, length, zero in runs(buffer, at, len(request.view), self.sparse, request.offset):
+                if not zero:
+                    place = start - at
+                    writes.append(Request(request.offset + place + shift, request.view[place : place + length]))
+                elif self.zeroes is Zeroes.PUNCH:
+                    holes.append((request.offset + start - at + shift, length))
+        return writes, holes
+
+
+def _cut(stretch: Stretch, zero_as_data: bool) -> list[Stretch]:
+    """Cut a stretch into pieces of WINDOW bytes; a hole stays whole if it is not written as data."""
+    if stretch.length <= WINDOW or (not zero_as_data and (stretch.zero or not (stretch.data or stretch.present))):
+        return [stretch]
+    pieces = []
+    start = stretch.start
+    while start < stretch.end:
+        stop = min(stretch.end, align_down(start, WINDOW) + WINDOW)
+        pieces.append(
+            Stretch(start, stop - start, stretch.depth, stretch.present, stretch.zero, stretch.data, stretch.compressed)
+        )
+        start = stop
+    return pieces
+
+
+def runs(buffer: bytearray, at: int, length: int, grain: int, offset: int) -> list[tuple[int, int, bool]]:
+    """Return (start in buffer, length, is zero) over buffer[at : at + length], in grains of the disk.
+
+    grain    bytes of zeroes that count        offset   place on the disk of buffer[at]
+    """
+    found: list[tuple[int, int, bool]] = []
+    end = at + length
+    blank = _zeroes[:grain]
+    start = at
+    while start < end:
+        stop = min(end, start + grain - offset % grain)
+        zero = not buffer[start] and buffer[start:stop] == (blank if stop - start == grain else bytes(stop - start))
+        if found and found[-1][2] == zero:
+            last = found[-1]
+            found[-1] = (last[0], last[1] + stop - start, zero)
+        else:
+            found.append((start, stop - start, zero))
+        offset += stop - start
+        start = stop
+    return found
+
+
+def knows_zeroes(node: BlockNode) -> bool:
+    """Say whether a node has a better way to be zero than being written to."""
+    while node.driver_name == "raw" and "file" in node.children:
+        node = node.children["file"].node
+    return type(node).pwrite_zeroes is not BlockNode.pwrite_zeroes
