@@ -18,6 +18,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
@@ -41,6 +42,7 @@ from qmpd.formats.qcow2_header import (
     REFCOUNT_TABLE_OFFSET,
     Header,
 )
+from qmpd.formats.qcow2_snapshot import BITMAP_IN_USE, FLAGS_OFFSET
 from qmpd.units import KiB, align_up
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Image:
     file       the child with data and metadata        header  as in memory; see `update_header`
     lock       held while clusters are allocated and linked, never across guest data
     owned      guest ranges whose clusters are being allocated, zeroed or discarded
+    bitmaps_fresh  persistent bitmaps are there and still right: to be outdated by the first change
     dead       the image was found corrupt while writable: no more I/O
     """
 
@@ -106,6 +109,7 @@ class Image:
         self.owned = RangeTable()
         self.snapshots: list[Snapshot] = []
         self.bitmaps: list[StoredBitmap] = []
+        self.bitmaps_fresh = False
         self.dead = False
         self.signaled = False
         self._writing = Mutex()
@@ -193,12 +197,31 @@ class Image:
             await self.write_header_field(INCOMPATIBLE_OFFSET, struct.pack(">Q", bits))
             self.header.incompatible = bits
 
+    async def outdate_bitmaps(self) -> None:
+        """Mark the persistent bitmaps as in use: nobody tracks the change that comes now.
+
+        Durable on return. Who reads the image later knows by the mark that they miss something.
+        Raises OSError.
+        """
+        async with self.lock:
+            place = self.header.bitmaps
+            if not self.bitmaps_fresh or place is None:
+                return
+            for bitmap in self.bitmaps:
+                flags = struct.pack(">I", bitmap.flags | BITMAP_IN_USE)
+                await self.file.pwrite(place.directory_offset + bitmap.at + FLAGS_OFFSET, flags)
+            await self.file.flush()
+            log.warning("qcow2: persistent bitmaps are not kept up to date; they are marked as in use")
+            self.bitmaps = [replace(bitmap, flags=bitmap.flags | BITMAP_IN_USE) for bitmap in self.bitmaps]
+            self.bitmaps_fresh = False
+
     # --- requests in flight -----------------------------------------------------------------
 
     def enter(self) -> int:
         """Note a request that may use host clusters it has looked up; hand the result to `leave`."""
         if self.dead:
             raise OSError(errno.ENOMEDIUM, "the image is corrupt")
+        self.clean_caches()
         generation = self._generation
         self._active[generation] = self._active.get(generation, 0) + 1
         return generation
@@ -246,7 +269,6 @@ class Image:
         async with self._writing:
             if self.dead:
                 raise OSError(errno.ENOMEDIUM, "the image is corrupt")
-            self.clean_caches()
             freed = await self._write_tables(everything or self.accurate or self.refcounts.cache.crowded)
             if durable or freed:
                 await self.file.flush()

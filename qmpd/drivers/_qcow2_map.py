@@ -64,6 +64,30 @@ async def find_slice(image: Image, offset: int) -> Place | None:
     return Place(found, index & (1 << image.slice_bits) - 1, entry)
 
 
+def plain_host(image: Image, offset: int, length: int, flags: int) -> int:
+    """Return the host offset of a range that lies in one plain cluster, without reading anything.
+
+    flags   bits of the L2 entry that must be set (COPIED for writes). -1: look it up properly,
+            by `map_range`; that also holds for every entry that is in any way unusual
+    """
+    mask = image.cluster_size - 1
+    if (offset & mask) + length > mask + 1:
+        return -1
+    l1_index = offset >> image.cluster_bits + image.l2_bits
+    if l1_index >= len(image.l1):
+        return -1
+    table = image.l1[l1_index] & OFFSET_MASK
+    index = offset >> image.cluster_bits & (1 << image.l2_bits) - 1
+    found = image.l2.get(table + (index >> image.slice_bits) * image.l2.length)
+    if found is None or not table or table & mask:
+        return -1
+    entry = found.table[index & (1 << image.slice_bits) - 1]
+    host = entry & OFFSET_MASK
+    if entry & (COMPRESSED | ZERO | flags) != flags or not host or host & mask:
+        return -1
+    return host + (offset & mask)
+
+
 async def map_range(image: Image, offset: int, length: int) -> list[Run]:
     """Return the runs of guest bytes [offset, offset + length), in order.
 

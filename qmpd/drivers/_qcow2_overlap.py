@@ -30,7 +30,7 @@ class Overlaps:
     areas   kind -> (offset, length) in bytes       tables   kind -> numbers of host clusters
     """
 
-    __slots__ = ("_bits", "_kinds", "areas", "tables")
+    __slots__ = ("_bits", "_kinds", "_sets", "_spans", "areas", "tables")
 
     def __init__(self, kinds: Iterable[str], cluster_bits: int) -> None:
         wanted = frozenset(kinds)
@@ -38,6 +38,36 @@ class Overlaps:
         self._bits = cluster_bits
         self.areas: dict[str, list[tuple[int, int]]] = {"main-header": [(0, 1 << cluster_bits)]}
         self.tables: dict[str, set[int]] = {}
+        self._spans: list[tuple[int, int]] = []
+        self._sets: list[set[int]] = []
+        self._collect()
+
+    def _collect(self) -> None:
+        """Gather what `clear` looks at: areas in whole clusters, and the sets of tables."""
+        self._spans = [
+            (place >> self._bits, place + size - 1 >> self._bits)
+            for kind in self._kinds
+            for place, size in self.areas.get(kind, ())
+        ]
+        self._sets = [self.tables[kind] for kind in self._kinds if kind in self.tables]
+
+    def clear(self, offset: int, length: int) -> bool:
+        """Say whether no metadata of any kind lies in the clusters of [offset, offset + length)."""
+        first = offset >> self._bits
+        last = offset + length - 1 >> self._bits
+        for low, high in self._spans:
+            if low <= last and first <= high:
+                return False
+        if first == last:
+            return not any(first in tables for tables in self._sets)
+        wide = last - first
+        for tables in self._sets:
+            if wide < len(tables):
+                if not tables.isdisjoint(range(first, last + 1)):
+                    return False
+            elif any(first <= number <= last for number in tables):
+                return False
+        return True
 
     def wants(self, kind: str) -> bool:
         """Say whether `kind` is checked."""
@@ -46,11 +76,13 @@ class Overlaps:
     def set_area(self, kind: str, *areas: tuple[int, int]) -> None:
         """State where `kind` lies now: (offset, length) in bytes."""
         self.areas[kind] = [(offset, length) for offset, length in areas if length]
+        self._collect()
 
     def set_tables(self, kind: str, offsets: Iterable[int]) -> None:
         """State the host offsets of all tables of `kind`, one cluster each."""
         if kind in self._kinds:
             self.tables[kind] = {offset >> self._bits for offset in offsets}
+            self._collect()
 
     def add_table(self, kind: str, offset: int) -> None:
         """Note a new table of `kind`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import NORMAL, UNALLOCATED, map_range
+from qmpd.drivers._qcow2_map import NORMAL, UNALLOCATED, map_range, plain_host
 from qmpd.formats.qcow2 import ClusterType, compressed_extent
 from qmpd.formats.qcow2_compress import decompress
 
@@ -36,6 +36,10 @@ async def read_batch(image: Image, batch: Batch, backing: Child | None) -> None:
         below = Batch()
         packed: list[tuple[Request, int, int, int, int]] = []
         for request in batch:
+            host = plain_host(image, request.offset, len(request.view), 0)
+            if host >= 0:
+                stored.append(Request(host, request.view, request))
+                continue
             try:
                 runs = await map_range(image, request.offset, len(request.view))
             except Corruption as found:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import Place, find_slice
+from qmpd.drivers._qcow2_map import Place, find_slice, plain_host
 from qmpd.drivers._qcow2_read import read_backing, read_compressed
 from qmpd.formats.qcow2 import (
     COMPRESSED,
@@ -88,11 +88,17 @@ async def write_batch(image: Image, batch: Batch, backing: Child | None, size: i
 
     size   bytes of the guest disk: what a new cluster holds after it is zeroed
     """
+    if image.bitmaps_fresh:
+        await image.outdate_bitmaps()
     generation = image.enter()
     try:
         ready = Batch()
         plans: dict[int, Plan] = {}
         for request in batch:
+            host = plain_host(image, request.offset, len(request.view), COPIED)
+            if host >= 0:
+                ready.append(Request(host, request.view, request))
+                continue
             try:
                 await _classify(image, request, request.offset, request.view, ready, plans)
             except Corruption as found:
@@ -130,6 +136,8 @@ async def _classify(
         entry = place.slice.table[index] if place is not None else 0
         if entry & COPIED and not entry & (COMPRESSED | ZERO):
             host = _checked_host(image, entry, offset) + within
+            if place is not None and length + within == cluster:
+                length += _following(place, index, entry, cluster, min(len(view) - done, table_end - offset) - length)
             if run_end == done and ready[-1].end == host:
                 last = ready[-1]
                 ready[-1] = Request(last.offset, view[done - len(last.view) : done + length], request)
@@ -151,6 +159,19 @@ async def _classify(
         done += length
 
 
+def _following(place: Place, index: int, entry: int, cluster: int, room: int) -> int:
+    """Return how many bytes, up to `room`, go on in the host clusters right after that of `entry`."""
+    table = place.slice.table
+    found = 0
+    while found < room:
+        index += 1
+        entry += cluster
+        if table[index] != entry:
+            return found
+        found += cluster
+    return room
+
+
 def _checked_host(image: Image, entry: int, offset: int) -> int:
     host = entry & OFFSET_MASK
     if host & image.cluster_size - 1 or not host:
@@ -161,14 +182,9 @@ def _checked_host(image: Image, entry: int, offset: int) -> int:
 
 async def _write_file(image: Image, batch: Batch) -> None:
     """Write guest data to the file, no metadata being in the way. Errors are marked."""
-    checked = Batch()
-    for request in batch:
-        try:
-            await image.check_overlap(request.offset, len(request.view))
-        except OSError as error:
-            request.fail(error.errno or errno.EIO)
-        else:
-            checked.append(request)
+    checked = batch
+    if not all(image.overlaps.clear(request.offset, len(request.view)) for request in batch):
+        checked = await _without_overlaps(image, batch)
     if not checked:
         return
     if image.dead:
@@ -178,6 +194,19 @@ async def _write_file(image: Image, batch: Batch) -> None:
         await image.file.pwritev(checked)
     except OSError as error:
         checked.fail(error.errno or errno.EIO)
+
+
+async def _without_overlaps(image: Image, batch: Batch) -> Batch:
+    """Return the requests that destroy no metadata; the others fail, and so does the image."""
+    checked = Batch()
+    for request in batch:
+        try:
+            await image.check_overlap(request.offset, len(request.view))
+        except OSError as error:
+            request.fail(error.errno or errno.EIO)
+        else:
+            checked.append(request)
+    return checked
 
 
 def owned_ranges(guests: list[int], cluster_size: int) -> list[tuple[int, int, bool]]:

@@ -126,6 +126,8 @@ async def _change(image: Image, start: int, stop: int, change: Change, *, make_t
     Returns the host offsets of clusters that kept their place and became zero. Without
     `make_tables`, where there is no L2 table there is nothing to change. Raises OSError.
     """
+    if image.bitmaps_fresh:
+        await image.outdate_bitmaps()
     mine = await image.owned.acquire([(start, stop, True)])
     kept: list[int] = []
     try:

@@ -340,3 +340,28 @@ async def test_block_status_is_what_qemu_maps(tmp_path: Path) -> None:
         for one in theirs
     ]
     assert ours == expected
+
+
+async def test_bitmaps_are_marked_as_in_use_by_the_first_write(tmp_path: Path) -> None:
+    need("qemu-img", "qemu-io")
+    image = layered(tmp_path / "image.qcow2", commands=("write -q -P 1 0 20k",))
+    for name in ("b0", "b1"):
+        run("qemu-img", "bitmap", "--add", image, name)
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 2 100k 20k", image)
+    stored = image.read_bytes()
+    file = MemoryNode(stored)
+    node = await open_qcow2(file)
+    theirs = json.loads(run("qemu-img", "info", "--output=json", image))["format-specific"]
+    assert node.image_info()["format-specific"] == theirs
+    assert bytes(await edge(node).pread(100 << 10, 5)) == bytes([2]) * 5
+    await edge(node).flush()
+    assert bytes(file.content[: len(stored)]) == stored
+    await edge(node).pwrite(200 << 10, b"x")
+    await node.close()
+    theirs = json.loads(run("qemu-img", "info", "--output=json", save(file, image)))["format-specific"]
+    assert [one["flags"] for one in theirs["data"]["bitmaps"]] == [["in-use", "auto"]] * 2
+    run("qemu-img", "check", "-q", image)
+    again = await open_qcow2(MemoryNode(image.read_bytes()))
+    assert again.image_info()["format-specific"] == theirs
+    assert (await check_image(again.image)).corruptions == 0
+    await again.close()
