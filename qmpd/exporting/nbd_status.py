@@ -1,10 +1,12 @@
-"""Metadata contexts: what NBD_CMD_BLOCK_STATUS reports of a backend.
+"""What a chain of nodes holds: for metadata contexts, and for reads that skip holes.
 
 base:allocation        bit 0 nothing is stored, bit 1 reads as zeroes; the whole chain is asked
 qemu:allocation-depth  0 nowhere, 1 in the node itself, 2 in its backing node, ...
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from qmpd.block.backend import BlockBackend
 from qmpd.block.child import Child
@@ -15,35 +17,39 @@ MAX_QUERY = 64 << 30
 """Bytes asked of the node at once; a longer query is answered for its beginning."""
 
 
-async def allocation(backend: BlockBackend, offset: int, length: int) -> list[tuple[int, int]]:
-    """Return (length, state) for the range or its beginning. Raises OSError."""
-    found = await backend.block_status(offset, min(length, MAX_QUERY))
-    return [
-        (extent.length, (0 if extent.data else STATE_HOLE) | (STATE_ZERO if extent.zero else 0)) for extent in found
-    ]
+class Stretch(NamedTuple):
+    """Bytes of one kind, as the guest sees them.
+
+    state   of base:allocation           depth   layer that provides them, 0 for none
+    """
+
+    offset: int
+    length: int
+    state: int
+    depth: int
 
 
-async def depth(backend: BlockBackend, offset: int, length: int) -> list[tuple[int, int]]:
-    """Return (length, layer that provides it) for the range or its beginning. Raises OSError."""
+async def chain_status(backend: BlockBackend, offset: int, length: int) -> list[Stretch]:
+    """Return what the range, or its beginning, consists of. Raises OSError."""
 
-    async def work(root: Child) -> list[tuple[int, int]]:
+    async def work(root: Child) -> list[Stretch]:
         return await _layers(root.node, offset, min(length, MAX_QUERY), 1)
 
     return await backend.visit(work)
 
 
-async def _layers(node: BlockNode, offset: int, length: int, level: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
+async def _layers(node: BlockNode, offset: int, length: int, level: int) -> list[Stretch]:
+    found: list[Stretch] = []
     below = node.children.get("backing")
     for extent in await node.block_status(offset, length):
         if extent.allocated:
-            found.append((extent.length, level))
-        elif below is None:
-            found.append((extent.length, 0))
-        else:
-            inside = min(extent.length, max(0, below.node.size - extent.offset))
-            if inside:
-                found += await _layers(below.node, extent.offset, inside, level + 1)
-            if inside < extent.length:
-                found.append((extent.length - inside, 0))
+            state = (0 if extent.data else STATE_HOLE) | (STATE_ZERO if extent.zero else 0)
+            found.append(Stretch(extent.offset, extent.length, state, level))
+            continue
+        inside = 0 if below is None else min(extent.length, max(0, below.node.size - extent.offset))
+        if inside and below is not None:
+            found += await _layers(below.node, extent.offset, inside, level + 1)
+        if inside < extent.length:  # zeroes beyond a short backing node count as that node's
+            nothing, layer = STATE_HOLE | STATE_ZERO, 0 if below is None else level + 1
+            found.append(Stretch(extent.offset + inside, extent.length - inside, nothing, layer))
     return found

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Protocol
 from qmpd.aio.pool import PooledBuffer
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.batch import Request as Piece
-from qmpd.exporting.nbd_status import allocation, depth
+from qmpd.exporting.nbd_status import chain_status
 from qmpd.exporting.nbd_target import CONTEXT_ALLOCATION, NbdTarget
-from qmpd.protocols.nbd import MAX_EXTENTS, Command, CommandFlag, NbdError, Style, to_nbd_error
+from qmpd.protocols.nbd import MAX_EXTENTS, STATE_ZERO, Command, CommandFlag, NbdError, Style, to_nbd_error
 from qmpd.protocols.nbd_transmission import Replies, Request, merged_extents
 from qmpd.units import GiB, KiB, MiB
 
@@ -131,18 +131,16 @@ class Worker:
             return [Piece(start, view)]
         parts: list[Piece | tuple[int, int]] = []
         data = start
-        for extent in await self._backend.block_status(start, ahead):
-            if extent.data and not extent.zero:
-                self._target.known_data.learn(extent.offset, extent.offset + extent.length)
-            low, high = max(extent.offset, start), min(extent.offset + extent.length, end)
-            if low >= high:
-                break
-            if extent.zero and high - low >= 4 * KiB:
+        for stretch in await chain_status(self._backend, start, ahead):
+            if not stretch.state:
+                self._target.known_data.learn(stretch.offset, stretch.offset + stretch.length)
+            low, high = stretch.offset, min(stretch.offset + stretch.length, end)
+            if low < high and stretch.state & STATE_ZERO and high - low >= 4 * KiB:
                 if low > data:
                     parts.append(Piece(data, view[data - start : low - start]))
-                if parts and isinstance(parts[-1], tuple) and low == data:
-                    before, length = parts.pop()  # type: ignore[misc]
-                    parts.append((before, length + high - low))
+                before = parts[-1] if parts and low == data else None
+                if isinstance(before, tuple):
+                    parts[-1] = (before[0], before[1] + high - low)
                 else:
                     parts.append((low, high - low))
                 data = high
@@ -241,12 +239,10 @@ class Worker:
         wanted = self._contexts if request.contexts is None else request.contexts
         one = bool(request.flags & _REQ_ONE)
         chunks = []
+        found = await chain_status(self._backend, request.offset, request.length)
         for number in wanted:
-            if number == CONTEXT_ALLOCATION:
-                found = await allocation(self._backend, request.offset, request.length)
-            else:
-                found = await depth(self._backend, request.offset, request.length)
-            extents = merged_extents(found, 1 if one else MAX_EXTENTS, wide=self._style is Style.EXTENDED)
+            kinds = [(part.length, part.state if number == CONTEXT_ALLOCATION else part.depth) for part in found]
+            extents = merged_extents(kinds, 1 if one else MAX_EXTENTS, wide=self._style is Style.EXTENDED)
             chunks.append((number, extents))
         for position, (number, extents) in enumerate(chunks):
             last = position == len(chunks) - 1

@@ -139,7 +139,6 @@ class Requests:
         unpack, size, magic_wanted = self._header.unpack_from, self._header.size, self._magic
         total = self._size
         no_read, no_write = ~self._flags[_READ], ~self._flags[_WRITE]
-        needed = _PAYLOAD_LEN if self._extended else 0
         writable = not self._read_only
         while not self.finished:
             if self._skipping is not None:
@@ -156,7 +155,7 @@ class Requests:
             if fits and command == _READ and not flags & no_read:
                 requests.append(Request(_READ, flags, cookie, offset, length))
                 at += size
-            elif fits and command == _WRITE and writable and not flags & no_write and flags & needed == needed:
+            elif fits and command == _WRITE and writable and not flags & no_write:
                 request = Request(_WRITE, flags, cookie, offset, length)
                 at += size
                 if end - at < length:
@@ -210,9 +209,11 @@ class Requests:
         return 0
 
     def _has_payload(self, request: Request) -> bool:
-        if self._extended:
-            return bool(request.flags & _PAYLOAD_LEN)
-        return request.command == _WRITE
+        """Say whether bytes follow the header: a write's do even if an extended header does not say so.
+
+        QEMU's client forgets the flag, and QEMU's server goes on; so do we.
+        """
+        return request.command == _WRITE or (self._extended and bool(request.flags & _PAYLOAD_LEN))
 
     def _read_filter(self, request: Request, payload: memoryview) -> None:
         """Take the effect length and the context ids that a block status query brings."""
@@ -239,8 +240,7 @@ class Requests:
         if command != _FLUSH and offset + length > self._size:
             beyond = NbdError.ENOSPC if command in _GROWING else NbdError.EINVAL
             return beyond, f"operation past EOF; From: {offset}, Len: {length}, Size: {self._size}"
-        unknown = flags & ~self._flags[command]
-        if unknown or (command == _WRITE and self._extended and not flags & _PAYLOAD_LEN):
+        if flags & ~self._flags[command]:
             return NbdError.EINVAL, f"unsupported flags for command {_NAMES[command]} (got 0x{flags:x})"
         if command == _BLOCK_STATUS and not self._contexts:
             return NbdError.EINVAL, "CMD_BLOCK_STATUS not negotiated"
