@@ -118,6 +118,18 @@ class Refcounts:
                 for pair in values:
                     yield pair
 
+    async def end_of_use(self, end: int) -> int:
+        """Return the cluster after the last one before `end` that is in use. Raises OSError."""
+        while end > 0:
+            base = (end - 1) // self.per_slice * self.per_slice
+            found = await self._slice(base)
+            if found is not None:
+                for at in range(end - 1 - base, -1, -1):
+                    if found.table[at]:
+                        return base + at + 1
+            end = base
+        return 0
+
     async def add(self, cluster: int, count: int, delta: int) -> None:
         """Change the refcounts of `count` neighbouring clusters by `delta`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import struct
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ENTRY_SIZE, MAX_L1_BYTES, OFFSET_MASK, pack_entries, zero_entries
 from qmpd.formats.qcow2_header import L1_OFFSET, SIZE_OFFSET
 from qmpd.units import SECTOR, align_up
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
@@ -50,7 +53,20 @@ async def resize(image: Image, size: int, old: int, backing: Child | None, preal
     await image.flush()
     await image.write_header_field(SIZE_OFFSET, struct.pack(">Q", size))
     header.size = size
+    if size < old:
+        await _cut_file(image)
     return size
+
+
+async def _cut_file(image: Image) -> None:
+    """Cut off what of the file is no longer in use at its end; that it stays long is no failure."""
+    await image.flush()
+    used = await image.refcounts.end_of_use(-(-image.file.size >> image.cluster_bits)) << image.cluster_bits
+    if used < image.file.size:
+        try:
+            await image.file.node.truncate(used, exact=False)
+        except (OSError, CommandError) as error:
+            log.warning("qcow2: the file could not be shortened: %s", error)
 
 
 async def _grow_l1(image: Image, entries: int) -> None:
