@@ -194,6 +194,17 @@ class BlockNode:
     def child_resized(self) -> None:
         """Called when the child's size was changed from elsewhere; a window to its end follows."""
 
+    async def change_backing_file(self, name: str, image_format: str) -> None:
+        """Name another backing file in the image, none if `name` is empty; the graph stays as it is.
+
+        Raises OSError(ENOTSUP) if the format has none, CommandError.
+        """
+        raise OSError(errno.ENOTSUP, "no backing files")
+
+    async def make_empty(self) -> None:
+        """Give up everything that this layer holds; no request uses the node. Raises OSError."""
+        raise OSError(errno.ENOTSUP, "the format cannot give up its content")
+
     async def check(self, *, fix_leaks: bool, fix_errors: bool) -> Any:
         """Check the tables of the format and mend what the arguments allow; no request uses the node.
 

@@ -17,6 +17,7 @@ from qmpd.block.child import Child
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
+from qmpd.drivers._qcow2_backing import change_backing, make_empty
 from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
@@ -155,6 +156,14 @@ class Qcow2Node(BlockNode):
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Grow or shrink the guest disk; what is new reads as zeroes."""
         self.size = await resize(self.image, size, self.size, self._backing(), preallocation)
+
+    async def change_backing_file(self, name: str, image_format: str) -> None:
+        """Name another backing file in the image, none if `name` is empty. Raises CommandError, OSError."""
+        await change_backing(self.image, name.encode("utf-8", "surrogateescape"), image_format.encode())
+
+    async def make_empty(self) -> None:
+        """Give up everything that this layer holds."""
+        await make_empty(self.image, self.size)
 
     async def check(self, *, fix_leaks: bool, fix_errors: bool) -> CheckResult:
         """Compare refcounts and flags with what refers to each cluster, and mend them."""

@@ -66,7 +66,8 @@ class Copier:
     """One copy.
 
     sparse      bytes of zeroes in a row that are not written as data; 0: never looked for
-    keep_layer  copy only what the top layer of a source holds: the target has a backing file
+    base        copy only what a source holds above this node: the target shows it as well
+    overlay     the same for a base of nothing; the target has a backing file
     compress    write compressed clusters of this many bytes, 0: do not compress
     """
 
@@ -77,7 +78,8 @@ class Copier:
     sparse: int = 4 * KiB
     parallel: int = 8
     in_order: bool = True
-    keep_layer: bool = False
+    base: BlockNode | None = None
+    overlay: bool = False
     compress: int = 0
     flags: WriteFlags = WriteFlags.NONE
     _begun: int = 0
@@ -93,14 +95,12 @@ class Copier:
                 group.create_task(self._worker(windows, door))
 
     async def _windows(self) -> AsyncIterator[_Window]:
-        below = 0 if not self.keep_layer else self._backing_size()
+        below = self._backing_size() if self.overlay else 0
         for source in self.sources:
             node = source.backend.node
             assert node is not None
-            backing = node.children.get("backing") if self.keep_layer else None
             window: _Window | None = None
-            base = backing.node if backing is not None else None
-            async for stretch in stretches(node, 0, source.backend.size, base=base, joined=False):
+            async for stretch in stretches(node, 0, source.backend.size, base=self.base, joined=False):
                 for one in _cut(stretch, self.zeroes is Zeroes.WRITE):
                     if window is not None and (window.end != one.start or one.end > window.start + WINDOW):
                         yield window
@@ -108,7 +108,7 @@ class Copier:
                     if window is None:
                         window = _Window(source, one.start)
                     window.end = one.end
-                    if self.keep_layer and one.zero and not one.present and one.start + source.start >= below:
+                    if self.overlay and one.zero and not one.present and one.start + source.start >= below:
                         continue
                     if one.zero:
                         window.zero.append((one.start, one.length))

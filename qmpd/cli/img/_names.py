@@ -103,30 +103,31 @@ class Wish:
         )
 
 
-async def open_image(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
-    """Return a backend of its own on the image `name`. Raises CommandError with the reference's text."""
+async def open_image(shop: Workshop, name: str, wish: Wish, tree: dict[str, Any] | None = None) -> BlockBackend:
+    """Return a backend of its own on the image `name`. Raises CommandError with the reference's text.
+
+    tree   the options to open, where they are more than the name says
+    """
     try:
-        return await open_backend(shop, name, wish)
+        return await open_backend(shop, name, wish, tree)
     except (QmpdError, OSError) as error:
         text = str(error) if isinstance(error, QmpdError) else os.strerror(error.errno or 0)
         hint = error.hint if isinstance(error, QmpdError) else None
         raise CommandError(f"Could not open '{name}': {text}", hint=hint) from error
 
 
-async def open_backend(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
+async def open_backend(shop: Workshop, name: str, wish: Wish, tree: dict[str, Any] | None = None) -> BlockBackend:
     """Like `open_image`, but what goes wrong is told without the name before it."""
-    node = await open_node(shop, name, wish)
+    node = await open_node(shop, name, wish, tree)
     perm = Perm.NONE if OpenFlags.NO_IO in wish.flags else Perm.CONSISTENT_READ
     if wish.writable:
         perm |= Perm.WRITE
     if wish.resize:
         perm |= Perm.RESIZE
     shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if wish.alone else Perm.ALL
-    backend = BlockBackend(shop.graph, lambda: "an unnamed block device", perm, shared)
     try:
-        backend.insert(node)
+        backend = backend_on(shop, node, perm, shared)
     except BaseException:
-        await backend.remove()
         node.monitor_owned = False
         await shop.graph.drop_unreferenced(node)
         raise
@@ -134,9 +135,21 @@ async def open_backend(shop: Workshop, name: str, wish: Wish) -> BlockBackend:
     return backend
 
 
-async def open_node(shop: Workshop, name: str, wish: Wish) -> BlockNode:
+def backend_on(shop: Workshop, node: BlockNode, perm: Perm, shared: Perm = Perm.ALL) -> BlockBackend:
+    """Return a new backend on a node that is open. Raises PermissionConflict, CommandError."""
+    backend = BlockBackend(shop.graph, lambda: "an unnamed block device", perm, shared)
+    try:
+        backend.insert(node)
+    except BaseException:
+        shop.graph.backends.remove(backend)
+        raise
+    return backend
+
+
+async def open_node(shop: Workshop, name: str, wish: Wish, tree: dict[str, Any] | None = None) -> BlockNode:
     """Open the nodes that a name means and return the top one, owned by the caller (`monitor_owned`)."""
-    tree = read_options(name) if wish.image_opts else read_name(name)
+    if tree is None:
+        tree = read_options(name) if wish.image_opts else read_name(name)
     for name, value in _opts.flatten(_opts.crumple([*wish.extra])):
         *path, last = name.split(".")
         place = tree

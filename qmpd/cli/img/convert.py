@@ -18,6 +18,7 @@ from qmpd.units import KiB, MiB
 
 if TYPE_CHECKING:
     from qmpd.block.backend import BlockBackend
+    from qmpd.block.node import BlockNode
     from qmpd.cli.image import Workshop
 
 MAX_SPARSE = 16 * MiB
@@ -232,7 +233,8 @@ class _Conversion:
                 sparse=self.sparse,
                 parallel=self.coroutines,
                 in_order=not args.oob_writes,
-                keep_layer=overlay,
+                base=_below(sources[0]) if overlay else None,
+                overlay=overlay,
                 compress=int(node.image_info().get("cluster-size", 0)) if args.compress else 0,
                 flags=WriteFlags.FUA if cache.writethrough else WriteFlags.NONE,
             )
@@ -242,6 +244,12 @@ class _Conversion:
             except* OSError as group:
                 error = first_error(group)
                 raise CommandError(f"error while converting: {os.strerror(error.errno or 0)}") from error
+
+
+def _below(source: BlockBackend) -> BlockNode | None:
+    assert source.node is not None
+    backing = source.node.children.get("backing")
+    return None if backing is None else backing.node
 
 
 def first_error(group: BaseExceptionGroup[OSError]) -> OSError:

@@ -1,0 +1,38 @@
+"""A qcow2 image and its backing file: naming another one, and giving up what the image itself holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpd.drivers._qcow2_zero import _change, _forget
+from qmpd.errors import CommandError
+from qmpd.formats.qcow2_header import MAX_BACKING_NAME, MAX_FORMAT_NAME
+from qmpd.units import KiB, align_up
+
+if TYPE_CHECKING:
+    from qmpd.drivers._qcow2_image import Image
+
+HEADER_ROOM = 64 * KiB
+"""Bytes of the first cluster that are written with a new header; what lies behind is not looked at."""
+
+
+async def change_backing(image: Image, name: bytes, image_format: bytes) -> None:
+    """Name another backing file in the header, none if `name` is empty. Raises CommandError, OSError."""
+    header = image.header
+    if len(name) > MAX_BACKING_NAME or len(image_format) > MAX_FORMAT_NAME:
+        raise CommandError("Backing file name is too long")
+    before = header.backing_file, header.backing_format
+    header.backing_file, header.backing_format = name, image_format if name else b""
+    try:
+        data = header.pack()
+    except CommandError:
+        header.backing_file, header.backing_format = before
+        raise
+    await image.flush()
+    await image.file.pwrite(0, data.ljust(min(header.cluster_size, HEADER_ROOM), b"\0"))
+    await image.file.flush()
+
+
+async def make_empty(image: Image, size: int) -> None:
+    """Give up every cluster of the guest disk: it then shows the backing file, or zeroes. Raises OSError."""
+    await _change(image, 0, align_up(size, image.cluster_size), _forget, make_tables=False)
