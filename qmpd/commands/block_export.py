@@ -32,8 +32,6 @@ async def nbd_server_start(
 @command("nbd-server-add")
 async def nbd_server_add(ctx: Context, *, options: dict[str, Any]) -> None:
     """Export a node by NBD, the old way: the export's name is its id, a read-only node is exported so."""
-    exports = ctx.services.exports
-    exports.require_server()
     name = options.get("name", options["device"])
     node = ctx.graph.lookup(options["device"], options["device"])
     members: dict[str, Any] = {
@@ -47,7 +45,7 @@ async def nbd_server_add(ctx: Context, *, options: dict[str, Any]) -> None:
         members["description"] = options["description"]
     if "bitmap" in options:
         members["bitmaps"] = [options["bitmap"]]
-    await exports.add(members)
+    await ctx.services.exports.add(members)
 
 
 @command("nbd-server-remove")

@@ -223,6 +223,7 @@ class Connection:
         self._watch(self._read)
         if rest:
             self._decode()
+            self._pump()
         elif self._secure is not None and self._secure.pending():
             self._loop.call_soon(self._again, self._read)
 

@@ -129,9 +129,7 @@ async def _listen_inet(address: Mapping[str, Any]) -> Listening:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(
-            host or None, port or None if host else port, family=family, type=socket.SOCK_STREAM, flags=flags
-        )
+        found = await loop.getaddrinfo(host or None, port or None, family=family, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:
         raise CommandError(f"address resolution failed for {host}:{port}: {error.strerror}") from error
     except UnicodeError as error:

@@ -72,6 +72,23 @@ async def test_a_stream_in_single_bytes_is_understood(rig: Rig) -> None:
     assert received.endswith(struct.pack(">IIQ", 0x67446698, 0, 3)) or struct.pack(">IIQ", 0x67446698, 0, 3) in received
 
 
+async def test_requests_sent_along_with_the_last_option_are_answered(rig: Rig) -> None:
+    """Regression: what came in one piece with NBD_OPT_GO was decoded and then forgotten."""
+    await served(rig)
+
+    def work() -> None:
+        with Client(rig.path) as client:
+            go = option(wire.STRUCTURED) + option(wire.GO, info_data(b"n", 3))
+            client.socket.sendall(go + wire.request(wire.READ, 0, 512, cookie=1) + wire.request(99, cookie=2))
+            for _ in range(4):  # STRUCTURED's ACK; two INFO and the ACK of GO
+                head = client.receive(20)
+                client.receive(struct.unpack(">I", head[16:])[0])
+            client.style = "structured"
+            assert {cookie: one.error for cookie, one in client.results(2).items()} == {1: 0, 2: errno.EINVAL}
+
+    await rig.in_thread(work)
+
+
 async def test_what_was_asked_before_a_disconnect_is_answered(rig: Rig) -> None:
     node = await served(rig)
     client = await rig.connect()
