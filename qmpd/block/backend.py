@@ -96,9 +96,11 @@ class BlockBackend:
 
     async def remove(self) -> None:
         """End the backend: wait for its requests, detach, and delete nodes that nobody holds."""
-        await self.graph.runner.run(self._quiesce_and_wait())
-        self._leave_group()
-        node = self.eject()
+        await self.graph.runner.run(self._quiesce())
+        try:
+            node = self.eject()
+        finally:
+            await self.graph.runner.run(self._wake())
         if self in self.graph.backends:
             self.graph.backends.remove(self)
         if node is not None:
@@ -128,12 +130,15 @@ class BlockBackend:
             self._idle.append(future)
             await future
 
-    async def _quiesce_and_wait(self) -> None:
+    async def _quiesce(self) -> None:
+        """Admit nothing more, and wait for what is under way."""
         self.drained_begin()
-        try:
-            await self.wait_idle()
-        finally:
-            self.drained_end()
+        await self.wait_idle()
+        self._leave_group()
+
+    async def _wake(self) -> None:
+        """Let go what waited for admission: without a node it is told so."""
+        self.drained_end()
 
     async def _enter(self, requests: int) -> Child:
         """Wait for admission and count `requests`, which `_leave` takes back."""

@@ -106,6 +106,13 @@ class ThrottleState:
         self.account(writing, length)
         return True
 
+    async def limits_changed(self, limits: Mapping[str, int]) -> None:
+        """Take new limits and look again at what waits under the old ones; on the data loop."""
+        self.configure(limits)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._expired()
+
     async def in_time(self, batch: Batch, *, writing: bool, free: Callable[[], bool]) -> AsyncIterator[Batch]:
         """Yield the requests when they may go: those that need not wait for one another together.
 

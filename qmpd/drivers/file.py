@@ -74,7 +74,11 @@ class FileNode(BlockNode):
         self.size = align_up(self.disk.size, SECTOR)
         self.supports_fua = True
         self.request_alignment = DIRECT_ALIGNMENT if direct else 1
-        self._locking = options.locking != "off" and self._lockable(options.locking)
+        try:
+            self._locking = options.locking != "off" and self._lockable(options.locking)
+        except CommandError:
+            self.disk.close()
+            raise
 
     async def _open_path(self, direct: bool) -> int:
         flags = os.O_DIRECT if direct else 0

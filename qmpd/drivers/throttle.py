@@ -5,6 +5,7 @@ Options: BlockdevOptionsThrottle (qapi/block-drivers.json).
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from qmpd.block.batch import Batch, WriteFlags
@@ -36,6 +37,7 @@ class ThrottleNode(FilterNode):
         self.group, self.state = find_group(self.graph.objects, options.throttle_group)
         self.attach_file(options.file)
         self._drains = 0
+        self._changing: set[asyncio.Task[None]] = set()
         self.group.join(self)
 
     async def close(self) -> None:
@@ -44,7 +46,10 @@ class ThrottleNode(FilterNode):
 
     def limits_changed(self) -> None:
         """(ThrottleMember) Take the group's new limits."""
-        self.state.configure(self.group.wire_limits())
+        work = self.graph.runner.run(self.state.limits_changed(self.group.wire_limits()))
+        task = asyncio.get_running_loop().create_task(work)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
 
     def drained_begin(self) -> None:
         """Let everything go at once, and hold nothing back until the drain ends."""

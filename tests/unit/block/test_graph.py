@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,9 +150,23 @@ async def test_requests_beyond_the_end_fail_and_the_others_of_the_batch_go_on(gr
     await graph.close_all()
 
 
-async def test_a_drained_backend_holds_new_requests_until_the_drain_ends(graph: Graph) -> None:
-    import asyncio
+async def test_a_request_that_waits_when_its_backend_is_removed_finds_no_medium(graph: Graph) -> None:
+    await add(graph, **NULL, node_name="n", latency_ns=20_000_000)
+    user = backend(graph, Perm.CONSISTENT_READ, Perm.ALL)
+    user.insert(graph.find_node("n"))
+    first = asyncio.ensure_future(user.pread(0, 512))
+    await asyncio.sleep(0.005)
+    removal = asyncio.ensure_future(user.remove())
+    await asyncio.sleep(0.005)
+    late = asyncio.ensure_future(user.pread(0, 512))
+    await removal
+    assert await first == bytes(512)
+    with pytest.raises(OSError, match="medium"):
+        await late
+    await graph.close_all()
 
+
+async def test_a_drained_backend_holds_new_requests_until_the_drain_ends(graph: Graph) -> None:
     await add(graph, **NULL, node_name="n")
     user = backend(graph, Perm.CONSISTENT_READ, Perm.ALL)
     user.insert(graph.find_node("n"))

@@ -104,6 +104,16 @@ async def test_a_drain_lets_waiting_requests_go_at_once(throttled: Any) -> None:
     assert all(bytes(request.view) == bytes(512) for request in batch)
 
 
+async def test_a_request_that_waits_goes_on_when_the_limits_are_lifted(throttled: Any) -> None:
+    _, user, group = throttled
+    batch = Batch(Request(i * 512, memoryview(bytearray(512))) for i in range(100))
+    reading = asyncio.ensure_future(user.preadv(batch))
+    await asyncio.sleep(0.05)
+    group.change({"iops-total": 0})
+    async with asyncio.timeout(2):
+        await reading
+
+
 async def test_new_limits_hold_for_members_that_are_there_already(throttled: Any) -> None:
     _, user, group = throttled
     group.change({"iops-total": 0})
