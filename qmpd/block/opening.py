@@ -82,8 +82,10 @@ class _Opening:
         for name, role in roles.items():
             if self.members.get(name) is None:
                 continue
-            if name not in found:
-                found[name] = await self._child(self.members[name], name)
+            reference = self.members[name]
+            if isinstance(reference, str) or name not in found:
+                # A node that was named is looked up again: it may be gone since its name was checked.
+                found[name] = await self._child(reference, name)
             self._attach(name, role, found[name])
         await self._open(node)
         with self.graph.change() as tran:
