@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from qmpd.drivers._qcow2_zero import _change, _forget
 from qmpd.errors import CommandError
-from qmpd.formats.qcow2_header import MAX_BACKING_NAME, MAX_FORMAT_NAME
+from qmpd.formats.qcow2_header import LAZY_REFCOUNTS, MAX_BACKING_NAME, MAX_FORMAT_NAME
 from qmpd.units import KiB, align_up
 
 if TYPE_CHECKING:
     from qmpd.drivers._qcow2_image import Image
+
+COMPATIBLE_OFFSET = 80
+"""Where the compatible feature bits lie in the header (qcow2 specification, "Header")."""
 
 HEADER_ROOM = 64 * KiB
 """Bytes of the first cluster that are written with a new header; what lies behind is not looked at."""
@@ -36,3 +39,18 @@ async def change_backing(image: Image, name: bytes, image_format: bytes) -> None
 async def make_empty(image: Image, size: int) -> None:
     """Give up every cluster of the guest disk: it then shows the backing file, or zeroes. Raises OSError."""
     await _change(image, 0, align_up(size, image.cluster_size), _forget, make_tables=False)
+
+
+async def set_lazy(image: Image, lazy: bool) -> None:
+    """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
+    header = image.header
+    if header.version < 3:
+        raise CommandError(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"
+        )
+    bits = header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0)
+    await image.flush()
+    if not lazy:
+        await image.write_metadata(everything=True, durable=True)
+    await image.write_header_field(COMPATIBLE_OFFSET, bits.to_bytes(8, "big"))
+    header.compatible = bits

@@ -17,7 +17,7 @@ from qmpd.block.child import Child
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
-from qmpd.drivers._qcow2_backing import change_backing, make_empty
+from qmpd.drivers._qcow2_backing import change_backing, make_empty, set_lazy
 from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
@@ -160,6 +160,10 @@ class Qcow2Node(BlockNode):
     async def change_backing_file(self, name: str, image_format: str) -> None:
         """Name another backing file in the image, none if `name` is empty. Raises CommandError, OSError."""
         await change_backing(self.image, name.encode("utf-8", "surrogateescape"), image_format.encode())
+
+    async def set_lazy_refcounts(self, lazy: bool) -> None:
+        """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
+        await set_lazy(self.image, lazy)
 
     async def make_empty(self) -> None:
         """Give up everything that this layer holds."""

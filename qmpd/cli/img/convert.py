@@ -206,7 +206,7 @@ class _Conversion:
         self, sources: list[BlockBackend], target: BlockBackend, size: int, *, new: bool, overlay: bool
     ) -> None:
         from qmpd.block.batch import WriteFlags
-        from qmpd.cli.img._copy import Copier, Source, Zeroes, knows_zeroes
+        from qmpd.cli.img._copy import WINDOW, Copier, Source, Zeroes, knows_zeroes
         from qmpd.cli.img._progress import Progress
 
         args = self.args
@@ -230,7 +230,7 @@ class _Conversion:
                 target,
                 progress,
                 zeroes,
-                sparse=self.sparse,
+                sparse=min(self.sparse, WINDOW),
                 parallel=self.coroutines,
                 in_order=not args.oob_writes,
                 base=_below(sources[0]) if overlay else None,
