@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.node import BlockNode
 from qmpd.cli.img._status import Stretch, stretches
-from qmpd.units import KiB, MiB, align_down
+from qmpd.units import KiB, MiB, align_down, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.backend import BlockBackend
@@ -95,6 +95,10 @@ class Copier:
                 group.create_task(self._worker(windows, door))
 
     async def _windows(self) -> AsyncIterator[_Window]:
+        if self.compress:
+            async for whole in self._cluster_windows():
+                yield whole
+            return
         below = self._backing_size() if self.overlay else 0
         for source in self.sources:
             node = source.backend.node
@@ -116,6 +120,22 @@ class Copier:
                         window.data.append((one.start, one.length))
             if window is not None:
                 yield window
+
+    async def _cluster_windows(self) -> AsyncIterator[_Window]:
+        """Like `_windows`, in whole clusters of the target: a compressed cluster is written once and as a whole."""
+        for source in self.sources:
+            node = source.backend.node
+            assert node is not None
+            done, size = 0, source.backend.size
+            async for stretch in stretches(node, 0, size, base=self.base):
+                if stretch.zero or not (stretch.data or stretch.present):
+                    continue
+                at = max(align_down(stretch.start, self.compress), done)
+                done = min(align_up(stretch.end, self.compress), size)
+                while at < done:
+                    stop = min(done, align_down(at, WINDOW) + WINDOW)
+                    yield _Window(source, at, data=[(at, stop - at)], end=stop)
+                    at = stop
 
     def _backing_size(self) -> int:
         """Return the bytes of the target's backing file: behind them it is zero by itself."""
@@ -173,7 +193,7 @@ class Copier:
     async def _write_compressed(self, writes: Batch) -> None:
         node = self.target.node
         assert node is not None
-        compressed = node.pwrite_compressed  # type: ignore[attr-defined]
+        compressed: Callable[[int, memoryview], Awaitable[None]] = node.pwrite_compressed  # type: ignore[attr-defined]
         for request in writes:
             await compressed(request.offset, request.view)
 
@@ -188,6 +208,12 @@ class Copier:
             elif self.zeroes is Zeroes.PUNCH:
                 holes.append((offset + shift, length))
         for request in reads:
+            if self.compress:
+                for at in range(0, len(request.view), self.compress):
+                    piece = request.view[at : at + self.compress]
+                    if any(piece) or self.zeroes is not Zeroes.SKIP:
+                        writes.append(Request(request.offset + at + shift, piece))
+                continue
             if not self.sparse or self.zeroes is Zeroes.WRITE:
                 writes.append(Request(request.offset + shift, request.view))
                 continue

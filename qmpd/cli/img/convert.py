@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qmpd.cli.image import workshop
 from qmpd.cli.img import _opts
 from qmpd.cli.img._common import add_objects, cache_mode, check_exclusive, common, operands, refuse
-from qmpd.cli.img._creation import Request, print_help
+from qmpd.cli.img._creation import Request, known_options, print_help
 from qmpd.cli.img._names import Wish, open_image
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError, QmpdError
@@ -133,6 +133,8 @@ class _Conversion:
         args = self.args
         sources = [await self._open(name, self._source_wish()) for name in names]
         size = sum(source.size for source in sources)
+        if args.compress and not args.target_image_opts:
+            self._check_compression(image_format)
         request = Request(self.shop, target_name, image_format)
         if not args.no_create:
             await self._make(request, size, len(sources))
@@ -141,9 +143,16 @@ class _Conversion:
         assert node is not None
         if target.size < size:
             raise CommandError("output file is smaller than input file")
-        if args.compress and not hasattr(node, "pwrite_compressed"):
-            raise CommandError("Compression not supported for this file format")
         await self._copy(sources, target, size, new=not args.no_create, overlay="backing_file" in request.given)
+
+    def _check_compression(self, image_format: str) -> None:
+        """Refuse -c for a driver that does not write compressed clusters. Raises CommandError."""
+        known_options(self.shop, image_format)
+        if hasattr(self.shop.graph.registry.drivers[image_format].cls, "pwrite_compressed"):
+            return
+        if image_format == "qcow2":
+            raise CommandError("Writing compressed clusters is not supported by qmpd")
+        raise CommandError("Compression not supported for this file format")
 
     def _source_wish(self) -> Wish:
         args = self.args
@@ -220,7 +229,12 @@ class _Conversion:
         else:
             zeroes = Zeroes.PUNCH if knows_zeroes(node) else Zeroes.WRITE
         placed, start = [], 0
+        cluster = int(node.image_info().get("cluster-size", 0)) if args.compress else 0
+        if args.compress and not hasattr(node, "pwrite_compressed"):
+            raise CommandError("Compression not supported for this file format")
         for source in sources:
+            if cluster and start % cluster:
+                raise CommandError("With -c, every source but the last must be a whole number of clusters")
             placed.append(Source(source, start))
             start += source.size
         cache = cache_mode(args.target_cache)
@@ -235,7 +249,7 @@ class _Conversion:
                 in_order=not args.oob_writes,
                 base=_below(sources[0]) if overlay else None,
                 overlay=overlay,
-                compress=int(node.image_info().get("cluster-size", 0)) if args.compress else 0,
+                compress=cluster,
                 flags=WriteFlags.FUA if cache.writethrough else WriteFlags.NONE,
             )
             try:
