@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qmpd.block.batch import Batch, Request
+from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.ranges import RangeTable
 from qmpd.drivers._qcow2_cache import Mutex, Slice, SliceCache
 from qmpd.drivers._qcow2_options import Settings
@@ -234,6 +234,11 @@ class Image:
         else:
             del self._active[generation]
 
+    @property
+    def alone(self) -> bool:
+        """True if no request but the caller's is in flight."""
+        return sum(self._active.values()) == 1
+
     def free(self, first: int, count: int, reason: str) -> None:
         """Give up one reference to `count` host clusters; nothing in memory refers to them any more."""
         self._pending.append(Freed(self._generation, first, count, reason))
@@ -388,6 +393,19 @@ class Image:
             await self.file.pdiscard(offset, length)
         except OSError as error:
             log.info("qcow2: discarding %d bytes at %d failed: %s", length, offset, error.strerror)
+
+    async def empty_host(self, offset: int) -> None:
+        """Free the space of a cluster that stays allocated and is marked as zero; a failure is only logged.
+
+        The mark may not be durable yet, so the file must read as zeroes there: a discard would
+        not promise that.
+        """
+        if self.file.node.node_options.discard != "unmap" or offset + self.cluster_size > self.file.size:
+            return
+        try:
+            await self.file.pwrite_zeroes(offset, self.cluster_size, WriteFlags.MAY_UNMAP | WriteFlags.NO_FALLBACK)
+        except OSError as error:
+            log.info("qcow2: freeing the space of a cluster at %d failed: %s", offset, error.strerror)
 
     async def flush(self) -> None:
         """Make everything written so far durable. Raises OSError."""

@@ -60,9 +60,7 @@ async def zero_range(
             return ZERO, True
         return entry | ZERO, False
 
-    kept = await _change(image, start, stop, zero)
-    if unmap and keep:
-        await _discard_kept(image, kept)
+    await _change(image, start, stop, zero, pass_on=unmap and keep)
 
 
 async def _reads_zero(image: Image, offset: int, length: int, backing: Child | None) -> bool:
@@ -104,9 +102,7 @@ async def discard_range(image: Image, offset: int, length: int, backing: Child |
             return entry | ZERO, False
         return ZERO, True
 
-    kept = await _change(image, start, stop, discard, make_tables=covered)
-    if keep:
-        await _discard_kept(image, kept)
+    await _change(image, start, stop, discard, make_tables=covered, pass_on=keep)
 
 
 def _forget(_entry: int) -> tuple[int, bool]:
@@ -114,17 +110,24 @@ def _forget(_entry: int) -> tuple[int, bool]:
 
 
 async def _discard_kept(image: Image, kept: list[int]) -> None:
-    """Pass the discard of clusters that keep their place on to the file, if the options want it."""
-    if "request" in image.settings.pass_discard:
+    """Pass the discard of clusters that keep their place on to the file, if the options want it.
+
+    The guest range is still owned, so nobody writes to them; requests that looked them up before
+    may still be on their way, and then the discard, being advice, is left out.
+    """
+    if "request" in image.settings.pass_discard and image.alone:
         for host in kept:
-            await image.discard_host(host, image.cluster_size)
+            await image.empty_host(host)
 
 
-async def _change(image: Image, start: int, stop: int, change: Change, *, make_tables: bool = True) -> list[int]:
+async def _change(
+    image: Image, start: int, stop: int, change: Change, *, make_tables: bool = True, pass_on: bool = False
+) -> None:
     """Apply `change` to the L2 entries of whole clusters [start, stop).
 
-    Returns the host offsets of clusters that kept their place and became zero. Without
-    `make_tables`, where there is no L2 table there is nothing to change. Raises OSError.
+    make_tables  False: where there is no L2 table there is nothing to change
+    pass_on      discard the host clusters that keep their place and become zero
+    Raises OSError.
     """
     if image.bitmaps_fresh:
         await image.outdate_bitmaps()
@@ -142,6 +145,8 @@ async def _change(image: Image, start: int, stop: int, change: Change, *, make_t
                     if make_tables or _has_table(image, offset):
                         await _change_slice(image, offset, slice_end, change, kept)
                     offset = slice_end
+            if pass_on:
+                await _discard_kept(image, kept)
         except Corruption as found:
             raise OSError(await image.fail(found), found.text) from found
         finally:
@@ -150,7 +155,6 @@ async def _change(image: Image, start: int, stop: int, change: Change, *, make_t
         image.owned.release(mine)
     if image.crowded and not image.dead:
         await image.write_metadata()
-    return kept
 
 
 def _has_table(image: Image, guest: int) -> bool:

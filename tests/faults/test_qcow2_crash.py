@@ -34,6 +34,7 @@ class Kind:
     lazy: bool = False
     backing: bool = False
     snapshot: bool = False
+    no_unref: bool = False
     rounds: int = 12
 
 
@@ -48,6 +49,7 @@ KINDS = (
     Kind("snapshot", 1024, 128 << 10, 9000, snapshot=True),
     Kind("snapshot-lazy", 1024, 128 << 10, 9000, snapshot=True, lazy=True),
     Kind("growing-refcount-table", 512, 4 << 20, 400_000, bits=64, rounds=10),
+    Kind("no-unref", 4096, 256 << 10, 20_000, no_unref=True),
     Kind("bit-refcounts", 512, 128 << 10, 9000, bits=1),
 )
 
@@ -130,7 +132,8 @@ async def work(kind: Kind, seed: int, folder: Path) -> tuple[Journal, bytes]:
     journal = Journal(bytes(file.content))
     file.delay = random_delay(seed, share=0.9)
     file.recorder = journal
-    node = await open_qcow2(file, backing=below, l2_cache_size=rng.choice((None, 1)))
+    options = {"l2_cache_size": rng.choice((None, 1)), "discard_no_unref": kind.no_unref or None}
+    node = await open_qcow2(file, backing=below, **options)
     disk = edge(node)
     before = bytes(await disk.pread(0, kind.size))
     guest = Guest(disk, journal, kind)

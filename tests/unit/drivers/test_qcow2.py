@@ -284,6 +284,31 @@ async def test_with_discard_no_unref_a_cluster_keeps_its_place() -> None:
     await node.close()
 
 
+async def test_with_discard_no_unref_a_late_discard_does_not_destroy_a_new_write() -> None:
+    """Regression: the file's discard ran after the next write had taken the cluster again."""
+    file = await make(size=16 * CLUSTER, cluster_size=CLUSTER)
+    node = await open_qcow2(file, discard_no_unref=True)
+    disk = edge(node)
+    await disk.pwrite(0, b"a" * CLUSTER)
+    entered, go_on = asyncio.Event(), asyncio.Event()
+    zeroes = file.pwrite_zeroes
+
+    async def slow(offset: int, length: int, flags: WriteFlags) -> None:
+        entered.set()
+        await go_on.wait()
+        await zeroes(offset, length, flags)
+
+    file.pwrite_zeroes = slow  # type: ignore[method-assign]
+    first = asyncio.create_task(disk.pdiscard(0, CLUSTER))
+    await entered.wait()
+    second = asyncio.create_task(disk.pwrite(0, b"b" * CLUSTER))
+    await asyncio.sleep(0.01)
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert bytes(await disk.pread(0, CLUSTER)) == b"b" * CLUSTER
+    await node.close()
+
+
 async def test_a_zero_write_without_fallback_changes_nothing_when_it_cannot() -> None:
     file = await make(size=16 * CLUSTER, cluster_size=CLUSTER)
     node = await open_qcow2(file)
