@@ -65,4 +65,3 @@ class Qcow2Creator:
                 await backend.visit(work)
             finally:
                 await backend.remove()
-
