@@ -7,6 +7,7 @@ QEMU block/crypto.c; texts as the reference.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,9 @@ from qmpd.luks.shared import SharedHeader, header_of
 from qmpd.luks.volume import Volume
 from qmpd.luks.work import transform
 from qmpd.qapi.registry import driver
-from qmpd.units import MiB
+from qmpd.units import SECTOR, MiB
+
+_log = logging.getLogger(__name__)
 
 WRITE_CHUNK = 1 * MiB
 """Bytes that are encrypted before they are handed down together."""
@@ -66,13 +69,17 @@ class LuksNode(BlockNode):
                 raise CommandError("Parameter 'key-secret' is required for cipher")
             passphrase = self.graph.objects.passphrase(options.key_secret)
         try:
-            self.volume: Volume = await self._shared.read(self._source, detached=options.header is not None)
+            self.volume: Volume = await self._shared.read(
+                self._source, detached=options.header is not None, image=self._source.node.name
+            )
         except BaseException:
             if passphrase is not None:
                 passphrase.wipe()
             raise
         self._passphrase = passphrase
         self._shared.users += 1
+        if self.volume.problem is not None:
+            _log.warning("%s: %s", self._source.node.name, self.volume.problem)
         self.request_alignment = self.volume.spec.sector_size
         self.supports_fua = True  # writes pass it on, and the edge below flushes where it must
         self._buffers = BufferPool(POOL_CAP)
@@ -95,9 +102,15 @@ class LuksNode(BlockNode):
     def _refresh_size(self) -> None:
         if self.volume.payload_offset > self.file.size:
             raise CommandError("Could not refresh total sector count: Input/output error")
-        self.size = self.file.size - self.volume.payload_offset
-        if self.volume.payload_length is not None:
-            self.size = min(self.size, self.volume.payload_length)
+        size = self.file.size - self.volume.payload_offset
+        length, sector = self.volume.payload_length, self.volume.spec.sector_size
+        if length is not None:
+            if length > size:
+                raise CommandError(f"The LUKS payload takes {length} bytes, there are {size}")
+            size = length
+        if sector != SECTOR and size % sector:
+            raise CommandError(f"The LUKS payload has {size} bytes, not a multiple of its sector size {sector}")
+        self.size = size
 
     async def close(self) -> None:
         """Wipe the key."""
@@ -139,7 +152,7 @@ class LuksNode(BlockNode):
                 await self._write_down(lower, flags)
             finally:
                 buffer.release()
-        if self.file.size > self.size + self.volume.payload_offset:
+        if self.volume.payload_length is None and self.file.size > self.size + self.volume.payload_offset:
             self._refresh_size()
 
     async def _write_down(self, lower: Batch, flags: WriteFlags) -> None:
@@ -160,6 +173,10 @@ class LuksNode(BlockNode):
         """Resize the payload."""
         if size > (1 << 63) - 1 - self.volume.payload_offset:
             raise OSError(errno.EFBIG, "The requested file size is too large")
+        if self.volume.payload_length is not None:
+            raise CommandError("Cannot resize a LUKS volume whose header gives the payload a fixed size")
+        if self.volume.spec.sector_size != SECTOR and size % self.volume.spec.sector_size:
+            raise CommandError(f"The new size is not a multiple of the sector size {self.volume.spec.sector_size}")
         lower = size + self.volume.payload_offset
         await self.file.node.truncate(lower, exact=exact, preallocation=preallocation)
         self._refresh_size()

@@ -14,11 +14,13 @@ from qmpd.crypto import af
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.cipher import CipherSpec, check_spec
 from qmpd.crypto.hashes import digest_size
+from qmpd.crypto.ivgen import IvKind
 from qmpd.crypto.kdf import argon2, check_argon2, check_pbkdf2_iterations, pbkdf2
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
 from qmpd.formats import luks2
 from qmpd.formats.luks2_json import Digest, Keyslot, Metadata, Segment
+from qmpd.luks.memory import NotEnoughMemory
 from qmpd.luks.volume import HeaderIO, Unlocked, read_padded
 from qmpd.luks.work import derive, derive_heavy
 from qmpd.units import SECTOR, align_up
@@ -63,13 +65,15 @@ def parse_encryption(text: str, key_length: int, sector_size: int = SECTOR) -> C
     """Return what "aes-xts-plain64" and the like mean. Raises CommandError for what is not supported."""
     cipher, _, rest = text.partition("-")
     mode, dash, generator = rest.partition("-")
-    if not dash:
+    if not dash and mode != "ecb":  # which has no initial values
         raise CommandError(f"Unexpected cipher mode string format '{rest}'")
     iv, _, iv_hash = generator.partition(":")
     spec = CipherSpec(cipher, mode, iv, iv_hash or None, key_length, sector_size)
     if spec.iv_hash:
         digest_size(spec.iv_hash)
     check_spec(spec)
+    if mode != "ecb" and spec.iv_kind is IvKind.NULL:  # equal sectors would look equal
+        raise CommandError(f"IV generator '{iv}' not supported")
     return spec
 
 
@@ -82,11 +86,12 @@ class Luks2Volume:
     version = 2
 
     def __init__(self, found: luks2.Found) -> None:
-        """Raises CommandError for volumes that are valid but not ours to open."""
+        """Check what the volume needs of us. Raises CommandError for volumes that are valid but not ours to open."""
         self.copy, self.problem = found.copy, found.problem
         metadata = self.metadata = found.copy.metadata
         self.segment = _only_segment(metadata)
         self.digest = _digest_of(metadata, self.segment)
+        digest_size(self.digest.hash)
         slots = [slot for slot in metadata.keyslots.values() if slot.id in self.digest.keyslots]
         lengths = {slot.key_size for slot in slots}
         if len(lengths) != 1:
@@ -109,29 +114,33 @@ class Luks2Volume:
         return self.segment.iv_tweak
 
     def info(self) -> dict[str, Any]:
-        """See `Volume.info`: the members that QEMU has for LUKS1, slots by their own numbers."""
+        """See `Volume.info`: the members that QEMU has for LUKS1, then those of LUKS2 alone."""
         digest = self.digest
-        slots = []
-        for slot in self.metadata.keyslots.values():
-            row: dict[str, Any] = {"active": slot.kdf is not None, "key-offset": slot.area_offset}
-            if slot.kdf is not None:
-                row |= {"iters": slot.kdf.iterations or slot.kdf.time, "stripes": slot.stripes}
-            slots.append(row)
+        slots = [_slot_info(slot) for slot in sorted(self.metadata.keyslots.values(), key=lambda one: int(one.id))]
         info: dict[str, Any] = {
             "cipher-alg": f"{self.spec.cipher}-{self.spec.key_bits}",
             "cipher-mode": self.spec.mode,
-            "ivgen-alg": self.spec.iv,
+            "ivgen-alg": self.spec.iv or "plain64",
         }
         if self.spec.iv == "essiv":
             info["ivgen-hash-alg"] = self.spec.iv_hash
-        return info | {
+        info |= {
             "hash-alg": digest.hash,
             "detached-header": self.payload_offset == 0,
             "payload-offset": self.payload_offset,
             "master-key-iters": digest.iterations,
             "uuid": self.copy.uuid,
             "slots": slots,
+            "version": self.version,
+            "sector-size": self.spec.sector_size,
         }
+        if self.copy.label:
+            info["label"] = self.copy.label
+        if self.copy.subsystem:
+            info["subsystem"] = self.copy.subsystem
+        if self.problem is not None:
+            info["problem"] = self.problem
+        return info
 
     async def unlock(self, source: HeaderIO, passphrase: SecretBytes) -> Unlocked:
         """Try the keyslots of this volume's digest, preferred ones first; see `Volume.unlock`.
@@ -147,10 +156,17 @@ class Luks2Volume:
         check_pbkdf2_iterations(self.digest.iterations, "The volume key digest")
         for slot in slots:
             check_cost(slot)
+        short: NotEnoughMemory | None = None
         for slot in slots:
-            key = await self.try_slot(source, slot, passphrase)
+            try:
+                key = await self.try_slot(source, slot, passphrase)
+            except NotEnoughMemory as error:  # another slot may do with less
+                short = short or error
+                continue
             if key is not None:
                 return Unlocked(key, int(slot.id))
+        if short is not None:
+            raise short
         raise CommandError("Invalid password, cannot unlock any keyslot")
 
     async def try_slot(self, source: HeaderIO, slot: Keyslot, passphrase: SecretBytes) -> bytearray | None:
@@ -165,7 +181,25 @@ class Luks2Volume:
             return open_slot(slot, spec, self.digest, material, passphrase)
 
         assert slot.kdf is not None
-        return await (derive if slot.kdf.type == "pbkdf2" else derive_heavy)(work)
+        if slot.kdf.type == "pbkdf2":
+            return await derive(work)
+        return await derive_heavy(work, slot.kdf.memory, f"Keyslot {slot.id}")
+
+
+def _slot_info(slot: Keyslot) -> dict[str, Any]:
+    """Return QCryptoBlockInfoLUKSSlot; kinds of slots that hold no volume key are not active."""
+    kdf = slot.kdf
+    row: dict[str, Any] = {"active": kdf is not None}
+    if kdf is not None:
+        row |= {"iters": kdf.iterations or kdf.time, "stripes": slot.stripes}
+    row |= {"key-offset": slot.area_offset, "slot": int(slot.id)}
+    if kdf is not None:
+        row["priority"] = slot.priority
+        if kdf.salt:  # a derivation that we know
+            row["pbkdf"] = kdf.type
+        if kdf.memory:
+            row |= {"pbkdf-memory": kdf.memory, "pbkdf-parallel": kdf.cpus}
+    return row
 
 
 def check_cost(slot: Keyslot) -> None:

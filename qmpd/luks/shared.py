@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from qmpd.luks.volume import HeaderIO, Volume, read_volume
+from qmpd.luks.detect import read_header
+from qmpd.luks.volume import HeaderIO, Volume
 
 if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
@@ -25,10 +26,10 @@ class SharedHeader:
         self.users = 0
         self.generation = 0
 
-    async def read(self, source: HeaderIO, *, detached: bool) -> Volume:
-        """Read the header anew, between changes. Raises CommandError, OSError."""
+    async def read(self, source: HeaderIO, *, detached: bool, image: str = "header") -> Volume:
+        """Read the header anew, between changes; see `read_header`. Raises CommandError, ImageError, OSError."""
         async with self.lock:
-            return await read_volume(source, detached=detached)
+            return await read_header(source, detached=detached, image=image)
 
 
 _shared: WeakKeyDictionary[BlockNode, SharedHeader] = WeakKeyDictionary()

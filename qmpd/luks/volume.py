@@ -76,6 +76,10 @@ class Volume(Protocol):
     def first_sector(self) -> int:
         """Number that the payload's first sector has for its initial value."""
 
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with a second copy of the header, None if nothing is."""
+
     def info(self) -> dict[str, Any]:
         """Return format-specific data of ImageInfo (wire names)."""
 
@@ -106,6 +110,7 @@ class Luks1Volume:
     version = 1
     first_sector = 0
     payload_length: int | None = None
+    problem: str | None = None
 
     def __init__(self, header: luks1.Luks1Header) -> None:
         self.header = header

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ from typing import TypeVar
 from qmpd.aio.pool import in_work_thread, work_executor
 from qmpd.crypto.block import pieces, total
 from qmpd.crypto.cipher import Span
+from qmpd.luks.memory import check_memory
 from qmpd.units import MiB
 
 T = TypeVar("T")
@@ -21,6 +25,9 @@ INLINE = 1 * MiB
 YIELD_EVERY = 1 * MiB
 """Bytes after which the loop gets its turn during a large run."""
 
+NICE = 10
+"""How far memory-hard derivations stand back: they would otherwise hold every core for seconds."""
+
 Transform = Callable[[Sequence[Span]], None]
 
 derive = in_work_thread
@@ -29,12 +36,26 @@ derive = in_work_thread
 _heavy: ThreadPoolExecutor | None = None
 
 
-async def derive_heavy(function: Callable[[], T]) -> T:
-    """Like `derive`, for what takes much memory: one at a time in the whole process."""
+async def derive_heavy(function: Callable[[], T], memory: int, what: str) -> T:
+    """Like `derive`, for what takes `memory` KiB: one at a time in the whole process, and behind all I/O.
+
+    Raises NotEnoughMemory, naming `what`, if they are not there when its turn has come.
+    """
     global _heavy
     if _heavy is None:
-        _heavy = ThreadPoolExecutor(1, "qmpd-kdf")
-    return await asyncio.get_running_loop().run_in_executor(_heavy, function)
+        _heavy = ThreadPoolExecutor(1, "qmpd-kdf", initializer=_yield_to_others)
+
+    def work() -> T:
+        check_memory(memory, what)
+        return function()
+
+    return await asyncio.get_running_loop().run_in_executor(_heavy, work)
+
+
+def _yield_to_others() -> None:
+    """Let this thread, and those that argon2 starts from it, run behind the loops."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 async def transform(run: Transform, spans: Sequence[Span]) -> None:

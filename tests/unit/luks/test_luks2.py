@@ -11,6 +11,7 @@ import pytest
 
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
+from qmpd.luks import memory
 from qmpd.luks.luks2 import Luks2Volume, parse_encryption, read_copies
 from tests.gen import luks2 as gen
 from tests.unit.luks.memory import MemoryNode, edge
@@ -38,7 +39,10 @@ async def test_segment_fields_reach_the_driver() -> None:
     volume, _ = await volume_of(gen.header(tree))
     assert (volume.payload_offset, volume.payload_length, volume.first_sector) == (1 << 20, 8192, 77)
     assert volume.spec.sector_size == 4096
-    assert volume.info()["slots"] == [{"active": True, "key-offset": 32768, "iters": 1000, "stripes": 4000}]
+    info = volume.info()
+    assert (info["version"], info["sector-size"], info["payload-offset"]) == (2, 4096, 1 << 20)
+    slot = {"active": True, "key-offset": 32768, "iters": 1000, "stripes": 4000}
+    assert info["slots"] == [slot | {"slot": 0, "pbkdf": "pbkdf2", "priority": 1}]
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
@@ -174,3 +178,29 @@ def test_encryption_texts() -> None:
     assert (spec.cipher, spec.mode, spec.iv, spec.iv_hash) == ("aes", "cbc", "essiv", "sha256")
     with pytest.raises(CommandError, match="Hash algorithm 'foo' not supported"):
         parse_encryption("aes-cbc-essiv:foo", 32)
+
+
+def test_ecb_needs_no_initial_values_and_null_ones_are_refused() -> None:
+    assert parse_encryption("aes-ecb", 32).mode == "ecb"
+    with pytest.raises(CommandError, match="IV generator 'null' not supported"):
+        parse_encryption("aes-cbc-null", 32)
+
+
+async def test_a_slot_of_unknown_derivation_is_shown_without_one() -> None:
+    tree = gen.tree()
+    _kdf(type="scrypt")(tree)
+    volume, _ = await volume_of(gen.header(tree))
+    assert "pbkdf" not in volume.info()["slots"][0]
+
+
+async def test_a_slot_without_memory_for_it_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another slot may open the volume; if none does, the answer says what was not tried."""
+    monkeypatch.setattr(memory, "available", lambda root: 1 << 20)
+    tree = gen.tree()
+    slots(tree, ("1", 1))
+    _argon2(4, 1 << 20, 1)(tree)
+    data = gen.header(tree)
+    volume, child = await volume_of(data + data[2 * gen.COPY :])
+    assert (await volume.unlock(child, SecretBytes(gen.PASSPHRASE))).slot == 1
+    with pytest.raises(memory.NotEnoughMemory, match=r"^Keyslot 0 needs 1048576 KiB of memory, only 1048576 KiB are"):
+        await volume.unlock(child, SecretBytes(b"wrong"))
