@@ -174,13 +174,30 @@ def test_a_source_is_not_its_own_target(capsys: pytest.CaptureFixture[str]) -> N
     assert Path("a").read_bytes() == data
 
 
-@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-@pytest.mark.parametrize("options", ["", "cluster_size=512", "refcount_bits=1,cluster_size=2M", "preallocation=full"])
+MEASURED = [
+    ("raw", ""),
+    ("luks", LUKS),
+    ("qcow2", ""),
+    ("qcow2", "cluster_size=512"),
+    ("qcow2", "refcount_bits=1,cluster_size=2M"),
+    ("qcow2", "preallocation=full"),
+]
+
+
+@pytest.mark.parametrize(("image_format", "options"), MEASURED)
 @pytest.mark.parametrize("size", ["0", "1M", "100G", "1234567"])
 def test_measure(image_format: str, options: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if image_format == "raw" and options:
-        options = ""
-    words = ("measure", "-O", image_format, *(("-o", options) if options else ()), "--output=json", "--size", size)
+    words = (
+        "measure",
+        "--object",
+        SECRET,
+        "-O",
+        image_format,
+        *(("-o", options) if options else ()),
+        "--output=json",
+        "--size",
+        size,
+    )
     assert ours(capsys, *words) == peer(*words)
 
 

@@ -13,6 +13,7 @@ from qmpd.cli.img._names import Wish, open_image
 from qmpd.cli.img._text import pretty
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError, QmpdError
+from qmpd.units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
@@ -92,6 +93,8 @@ async def sizes(
         return info
     if image_format == "luks":
         size += luks_header_length(shop, request.given)
+    else:
+        size = align_up(size, SECTOR)
     return {"required": size, "fully-allocated": size}
 
 
