@@ -296,7 +296,7 @@ class _Opener:
                 self._complete(value, depth + 1, protocol=member != "backing")
         if entry.cls.is_protocol and "filename" in known and not tree.get("filename"):
             raise CommandError(f"The '{driver}' block driver requires a file name")
-        if "file" in entry.cls.child_roles and "file" not in tree:
+        if "file" in entry.cls.child_roles and tree.get("file") in (None, "", {}, []):
             raise CommandError('A block device must be specified for "file"')
 
     def _checked(self, tree: dict[str, Any]) -> dict[str, Any]:

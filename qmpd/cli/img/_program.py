@@ -33,7 +33,10 @@ class Parser(argparse.ArgumentParser):
         match = _ARGUMENT.fullmatch(message)
         text = message
         if match:
-            text = f"option requires an argument -- '{match['names'].split('/')[0].lstrip('-')}'"
+            option = match["names"].split("/")[0]
+            text = f"option requires an argument -- '{option[1:]}'"
+            if option.startswith("--"):
+                text = f"option '{option}' requires an argument"
         elif message.startswith("unrecognized arguments: "):
             option = message.removeprefix("unrecognized arguments: ").split()[0]
             text = f"unrecognized option '{option}'" if option[:2] == "--" else f"invalid option -- '{option[1:2]}'"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.cli.image import workshop
 from qmpd.cli.img._common import add_objects, check_exclusive, check_output, common, one_operand, operands
-from qmpd.cli.img._names import Wish, has_protocol, open_image
+from qmpd.cli.img._names import PROTOCOL_DRIVERS, Wish, has_protocol, open_image
 from qmpd.cli.img._text import describe, pretty
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError
@@ -101,11 +101,11 @@ def graph_info(node: BlockNode) -> dict[str, Any]:
     return info
 
 
-def listing(info: dict[str, Any], path: str = "/") -> list[str]:
-    """Return the lines for an image, then those for its children, each under its path."""
-    lines = describe(info) if path == "/" else describe(info, indent="    ", protocol=info["format"] == "file")
+def listing(info: dict[str, Any], path: str = "/", indent: str = "") -> list[str]:
+    """Return the lines for an image, then those for its children, each under its path and one step deeper."""
+    lines = describe(info, indent=indent, protocol=path != "/" and info["format"] in PROTOCOL_DRIVERS)
     for child in info["children"]:
         below = f"{path}{child['name']}"
-        lines.append(f"Child node '{below}':")
-        lines += listing(child["info"], f"{below}/")
+        lines.append(f"{indent}Child node '{below}':")
+        lines += listing(child["info"], f"{below}/", f"{indent}    ")
     return lines

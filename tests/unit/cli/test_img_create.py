@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,28 @@ def test_help_lists_the_options_of_a_format(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     for name in ("cipher-alg", "detached-header", "iter-time", "key-secret"):
         assert f"  {name}=<" in text
+
+
+def test_info_of_nested_nodes_is_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    assert img_main(["create", "-q", "-f", "qcow2", "a", "1M"]) == 0
+    name = 'json:{"driver":"raw","file":{"driver":"qcow2","file":{"filename":"a"}}}'
+    assert img_main(["info", name]) == 0
+    text = capsys.readouterr().out
+    assert "\nChild node '/file':\n    image: a\n    file format: qcow2\n" in text
+    assert "\n    Child node '/file/file':\n        filename: a\n" in text
+
+
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    assert img_main(["info", "pipe"]) == 1
+    assert "'file' driver requires 'pipe' to be a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [(b"QFI\xfb\0\0\0\1", "raw"), (b"LUKS\xba\xbe\0\7", "raw"), (b"QFI", "raw"), (b"", "raw")],
+)
+def test_what_only_looks_like_a_format_is_raw(head: bytes, found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a").write_bytes(head.ljust(1024, b"\0"))
+    assert img_main(["info", "--output=json", "a"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == found
