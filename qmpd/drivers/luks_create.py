@@ -6,19 +6,34 @@ attached to the payload afterwards.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from qmpd.block.backend import BlockBackend
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
+from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
+from qmpd.luks import create2
 from qmpd.luks.create import Luks1Options, create_luks1, header_length
+from qmpd.luks.create2 import Luks2Options, create_luks2
+from qmpd.luks.volume import HeaderIO
 from qmpd.qapi.registry import creator
 
 Reference = str | Mapping[str, Any]
+
+ONLY_LUKS2 = ("sector_size", "pbkdf", "pbkdf_memory", "pbkdf_parallel", "label", "subsystem")
+
+
+class Writer(Protocol):
+    """Writes the header of a new volume."""
+
+    async def __call__(self, target: HeaderIO, *, detached: bool) -> object:
+        """Write it to `target`, for a payload behind it or, detached, elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +41,7 @@ class LuksCreateOptions:
     """BlockdevCreateOptionsLUKS.
 
     size  bytes of payload        iter_time  milliseconds of key derivation
+    From `version` on: extensions that QEMU does not have.
     """
 
     size: int
@@ -39,17 +55,26 @@ class LuksCreateOptions:
     hash_alg: str | None = None
     iter_time: int | None = None
     preallocation: str = "off"
+    version: int = 1
+    iterations: int | None = None
+    uuid: str | None = None
+    sector_size: int | None = None
+    pbkdf: str | None = None
+    pbkdf_memory: int | None = None
+    pbkdf_parallel: int | None = None
+    label: str | None = None
+    subsystem: str | None = None
 
     def luks1(self) -> Luks1Options:
-        """Return what concerns the header."""
-        return Luks1Options(
-            cipher_alg=self.cipher_alg,
-            cipher_mode=self.cipher_mode,
-            ivgen_alg=self.ivgen_alg,
-            ivgen_hash_alg=self.ivgen_hash_alg,
-            hash_alg=self.hash_alg,
-            iter_time=self.iter_time,
-        )
+        """Return what concerns a LUKS1 header. Raises CommandError for options that are LUKS2's alone."""
+        for name in ONLY_LUKS2:
+            if getattr(self, name) is not None:
+                raise CommandError(f"Parameter '{name.replace('_', '-')}' is for LUKS version 2 only")
+        return Luks1Options(**{name: getattr(self, name) for name in Luks1Options.__dataclass_fields__})
+
+    def luks2(self) -> Luks2Options:
+        """Return what concerns a LUKS2 header."""
+        return Luks2Options(**{name: getattr(self, name) for name in Luks2Options.__dataclass_fields__})
 
 
 @creator("luks", schema="BlockdevCreateOptionsLUKS", options=LuksCreateOptions)
@@ -66,6 +91,12 @@ class LuksCreator:
         """
         if options.file is None and options.header is None:
             raise CommandError("Either the parameter 'header' or 'file' must be specified")
+        if iterations is not None:
+            options = replace(options, iterations=iterations)
+        if options.version not in (1, 2):
+            raise CommandError(f"LUKS version {options.version} is not supported")
+        if options.uuid is not None and not _is_uuid(options.uuid):
+            raise CommandError(f"Parameter 'uuid' expects a UUID, not '{options.uuid}'")
         async with AsyncExitStack() as stack:
             file = header = None
             if options.file is not None:
@@ -76,15 +107,14 @@ class LuksCreator:
                 raise CommandError("Parameter 'key-secret' is required for cipher")
             passphrase = self._graph.objects.passphrase(options.key_secret)
             stack.callback(passphrase.wipe)
-            luks1 = replace(options.luks1(), iterations=iterations)
-            room = header_length(luks1)
+            room, write = _writer(options, passphrase)
             if header is None:
                 assert file is not None
                 await file.truncate(room + options.size, preallocation=options.preallocation)
-                await create_luks1(file, luks1, passphrase, detached=False)
+                await write(file, detached=False)
                 return
             await header.truncate(room)
-            await create_luks1(header, luks1, passphrase, detached=True)
+            await write(header, detached=True)
             if file is not None:
                 await file.truncate(options.size, preallocation=options.preallocation)
 
@@ -97,3 +127,22 @@ class LuksCreator:
                 yield backend
             finally:
                 await backend.remove()
+
+
+def _writer(options: LuksCreateOptions, passphrase: SecretBytes) -> tuple[int, Writer]:
+    """Return the bytes that the header takes, and what writes it; every option is checked. Raises CommandError."""
+    if options.version == 1:
+        luks1 = options.luks1()
+        return header_length(luks1), partial(create_luks1, options=luks1, passphrase=passphrase)
+    luks2 = options.luks2()
+    sector = luks2.checked().sector_size
+    if options.size % sector:
+        raise CommandError(f"The size of the volume must be a multiple of its sector size {sector}")
+    return create2.header_length(), partial(create_luks2, options=luks2, passphrase=passphrase)
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text.lower()
+    except ValueError:
+        return False
