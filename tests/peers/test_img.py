@@ -87,15 +87,19 @@ def test_raw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "error"),
+    "args",
     [
-        (["-f", "qcow2", "x"], "Image creation needs a size parameter"),
-        (["-f", "qcow2", "-o", "bogus=1", "x", "1M"], "Parameter 'bogus' is unexpected"),
-        (["-f", "qcow2", "-o", "detached-header=true", "x", "1M"], "Format qcow2 has no detached header"),
-        (["-f", "luks", "-o", "key-secret=none,iter-time=10", "x", "1M"], "No secret with id 'none'"),
-        (["-o", "nokey", "x", "1M"], "'nokey' is not of the form key=value"),
+        ["-f", "qcow2", "x"],
+        ["-f", "qcow2", "-o", "bogus=1", "x", "1M"],
+        ["-f", "qcow2", "-o", "detached-header=true", "x", "1M"],
+        ["-f", "luks", "-o", "key-secret=none,iter-time=10", "x", "1M"],
+        ["-o", "nokey", "x", "1M"],
     ],
+    ids=" ".join,
 )
-def test_refusals(tmp_path: Path, args: list[str], error: str) -> None:
-    done = img("create", *[str(tmp_path / arg) if arg == "x" else arg for arg in args])
-    assert (done.returncode, done.stderr) == (1, f"qmpd-img: {error}\n")
+def test_refusals_are_those_of_qemu_img(tmp_path: Path, args: list[str]) -> None:
+    need("qemu-img")
+    words = ["create", *(str(tmp_path / arg) if arg == "x" else arg for arg in args)]
+    done = img(*words)
+    theirs = subprocess.run(["qemu-img", *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, theirs.stderr.replace("qemu-img:", "qmpd-img:", 1))
