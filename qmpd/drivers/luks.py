@@ -21,6 +21,8 @@ from qmpd.block.perm import ChildRole, Perm
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
+from qmpd.luks.detect import read_header
+from qmpd.luks.keys import KeyslotEdit, edit_keyslots
 from qmpd.luks.shared import SharedHeader, header_of
 from qmpd.luks.volume import Volume
 from qmpd.luks.work import transform
@@ -78,6 +80,10 @@ class LuksNode(BlockNode):
             raise
         self._passphrase = passphrase
         self._shared.users += 1
+        self._shared.nodes.add(self)
+        self._detached = options.header is not None
+        self._key_secret = options.key_secret
+        self._amending = False
         if self.volume.problem is not None:
             _log.warning("%s: %s", self._source.node.name, self.volume.problem)
         self.request_alignment = self.volume.spec.sector_size
@@ -120,6 +126,49 @@ class LuksNode(BlockNode):
             self._crypto.wipe()
             self._crypto = None
         self._shared.users -= 1
+        self._shared.nodes.discard(self)
+
+    # --- key slots ----------------------------------------------------------------------------------
+
+    async def amend(self, options: Mapping[str, Any], *, force: bool) -> None:
+        """Add or erase a passphrase (BlockdevAmendOptionsLUKS); reads and writes go on meanwhile.
+
+        Runs on the loop of the monitor. Raises CommandError, OSError.
+        """
+        if self.volume.version != 1:
+            raise CommandError("Key slots can only be changed in LUKS version 1")
+        if self._amending:
+            raise CommandError("Another job changes the key slots of this volume")
+        edit = KeyslotEdit(**{name.replace("-", "_"): value for name, value in options.items()})
+        self._amending = True
+        try:
+            with self.graph.change() as tran:
+                tran.touch(self)
+            await self.graph.runner.run(self._edit(edit, force=force))
+        finally:
+            self._amending = False
+            with self.graph.change() as tran:
+                tran.touch(self)
+
+    async def _edit(self, edit: KeyslotEdit, *, force: bool) -> None:
+        async with self._shared.lock:
+            try:
+                await edit_keyslots(
+                    self._source,
+                    edit,
+                    self.graph.objects.passphrase,
+                    self._key_secret,
+                    detached=self._detached,
+                    force=force,
+                )
+            finally:
+                self._shared.generation += 1
+                for node in list(self._shared.nodes):
+                    await node.header_changed()
+
+    async def header_changed(self) -> None:
+        """Read the header again, after key slots were changed through this node or another one."""
+        self.volume = await read_header(self._source, detached=self._detached, image=self._source.node.name)
 
     # --- I/O --------------------------------------------------------------------------------------
 
@@ -188,9 +237,12 @@ class LuksNode(BlockNode):
 
         The reference passes write through to the header as well; see docs/differences.md.
         """
+        own = Perm.CONSISTENT_READ
+        if getattr(self, "_amending", False) and self.children[name] is self._source:
+            own |= Perm.WRITE
         if name == "header":
-            return Perm.CONSISTENT_READ, Perm.ALL
-        return perm | Perm.CONSISTENT_READ, shared
+            return own, Perm.ALL
+        return perm | own, shared
 
     # --- descriptions -----------------------------------------------------------------------------
 

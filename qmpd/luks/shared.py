@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 from qmpd.luks.detect import read_header
 from qmpd.luks.volume import HeaderIO, Volume
@@ -13,17 +13,25 @@ if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
 
 
+class HeaderUser(Protocol):
+    """A luks node that is open on a header."""
+
+    async def header_changed(self) -> None:
+        """Read the header again."""
+
+
 class SharedHeader:
     """The header on one node, as last read.
 
     lock        held by whoever changes the header, and by whoever reads more of it than one piece
-    users       luks nodes that are open on it
+    users       how many luks nodes are open on it, and `nodes` which
     generation  counts changes made through this process; a user that remembers a lower one reads again
     """
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.users = 0
+        self.nodes: WeakSet[HeaderUser] = WeakSet()
         self.generation = 0
 
     async def read(self, source: HeaderIO, *, detached: bool, image: str = "header") -> Volume:
