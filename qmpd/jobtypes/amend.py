@@ -7,20 +7,13 @@ refused at once, everything else is the job's error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from qmpd.block.amend import Amendable
 from qmpd.context import Context
 from qmpd.errors import CommandError
 from qmpd.jobs.job import Job, JobManager
 from qmpd.qapi.registry import command, jobtype
-
-
-@runtime_checkable
-class Amendable(Protocol):
-    """What a driver offers whose images can be amended."""
-
-    async def amend(self, options: Mapping[str, Any], *, force: bool) -> None:
-        """Carry out its branch of BlockdevAmendOptions (wire names). Raises CommandError, OSError."""
 
 
 @jobtype("amend")

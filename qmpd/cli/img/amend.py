@@ -1,15 +1,16 @@
 """qmpd-img amend: change options of an image that is there.
 
-What can be changed is what a driver offers: for qcow2 lazy refcounts and the size; a driver
-with `amend` of its own takes the rest of the command line. All else is refused by name.
+What can be changed is what a driver offers: for qcow2 lazy refcounts and the size, for luks the key
+slots. All else is refused by name.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qmpd.block.amend import Amendable
 from qmpd.cli.image import workshop
 from qmpd.cli.img import _opts
 from qmpd.cli.img._common import add_objects, cache_mode, check_exclusive, common, one_operand, operands, refuse
@@ -18,6 +19,7 @@ from qmpd.cli.img._names import Wish, open_image, parse_size
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError, QmpdError
 from qmpd.qapi.keyval import BOOLEANS
+from qmpd.qapi.visit import validate
 
 if TYPE_CHECKING:
     from qmpd.block.backend import BlockBackend
@@ -30,6 +32,9 @@ REFERENCE = (
     "encrypt.new-secret", "encrypt.old-secret", "encrypt.state", "lazy_refcounts", "refcount_bits", "size",
 )  # fmt: skip
 """Those that the reference can change."""
+
+LUKS = ("state", "new-secret", "old-secret", "keyslot", "iter-time")
+"""Options of luks."""
 
 _SAME = {"backing_file": "backing_file", "backing_fmt": "backing_format"}
 
@@ -75,9 +80,8 @@ class Amend:
                 _help(shop, node.driver_name)
                 return 0
             pairs = [pair for text in args.options for pair in _opts.parse(text)]
-            own = getattr(node, "amend_options", None)
-            if own is not None:
-                await own(dict(pairs), force=args.force)
+            if isinstance(node, Amendable):
+                await node.amend(_luks_options(shop, dict(pairs)), force=args.force)
             elif node.driver_name == "qcow2":
                 await _amend_qcow2(backend, dict(pairs))
             else:
@@ -95,6 +99,15 @@ def _help(shop: Workshop, image_format: str) -> None:
         if option.name in QCOW2:
             kind = "bool (on/off)" if option.kind == "bool" else option.kind
             print(f"  {f'{option.name}=<{kind}>':<22} - {option.help}")
+
+
+def _luks_options(shop: Workshop, given: dict[str, str]) -> dict[str, Any]:
+    """Return BlockdevAmendOptionsLUKS as it was written on the command line. Raises QmpdError."""
+    for name in given:
+        if name not in LUKS:
+            raise CommandError(f"Invalid parameter '{name}'")
+    members: dict[str, Any] = validate(shop.schema, "BlockdevAmendOptionsLUKS", given, keyval=True)
+    return members
 
 
 async def _amend_qcow2(backend: BlockBackend, given: dict[str, str]) -> None:
