@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.conformance.summary import pytest_terminal_summary
+
+__all__ = ["FULL", "ROOT", "Proof", "proof", "pytest_terminal_summary"]
+
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("QMPD_PROOF") == "full"
 
