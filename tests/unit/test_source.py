@@ -16,9 +16,7 @@ OWN = Path("tests/unit/test_source.py")
 
 FORBIDDEN = {
     "an absolute path of one machine": re.compile(r"(^|[^A-Za-z0-9_.])/(work|farm|root)/[A-Za-z.]"),
-    "the host of a package registry": re.compile(
-        r"deb\.debian\.org|snapshot\.debian\.org|pypi\.org|pythonhosted|registry\.npmjs"
-    ),
+    "the host of a package registry": re.compile(r"[a-z]+\.debian\.or[g]|py[p]i\.org|python[h]osted|registry\.np[m]js"),
 }
 
 
