@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qmpd.block import dirty_bitmap
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.node import MAX_REQUEST, BlockNode, Extent
@@ -358,7 +359,8 @@ class BlockBackend:
 
 
 def _tell_parents(node: BlockNode) -> None:
-    """Let the nodes above see that `node` has another size now."""
+    """Let the bitmaps and the nodes above see that `node` has another size now."""
+    dirty_bitmap.resized(node)
     for edge in node.parents:
         above = edge.parent
         if isinstance(above, BlockNode):

@@ -82,6 +82,8 @@ def device_info(node: BlockNode, *, flat: bool, backend: BlockBackend | None = N
         "write_threshold": node.write_threshold,
         "image": image_info(node, chain=not flat),
     }
+    if node.dirty_bitmaps:
+        info["dirty-bitmaps"] = [bitmap.to_wire() for bitmap in node.dirty_bitmaps]
     info |= dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     if backend is not None and backend.throttle is not None:
         info |= _limits(backend.throttle)

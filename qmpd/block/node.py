@@ -18,9 +18,11 @@ from qmpd.block import perm as perms
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.ranges import RangeTable
+from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
+    from qmpd.block.dirty_bitmap import DirtyBitmap
     from qmpd.block.graph import Graph
     from qmpd.block.options import NodeOptions
 
@@ -110,6 +112,7 @@ class BlockNode:
         self.wr_highest_offset = 0
         self.write_threshold = 0
         self.ranges = RangeTable()
+        self.dirty_bitmaps: list[DirtyBitmap] = []
 
     # --- life cycle -------------------------------------------------------------------------
 
@@ -212,6 +215,13 @@ class BlockNode:
         Raises OSError(ENOTSUP) if the format has no checks.
         """
         raise OSError(errno.ENOTSUP, "no checks")
+
+    def check_storing_bitmap(self, name: str, granularity: int) -> None:
+        """Refuse a further bitmap that the image is to keep. Raises CommandError."""
+        raise CommandError(f"Can't store persistent bitmaps to {self.name}: Operation not supported")
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take a persistent bitmap out of the image, if it is there. Raises CommandError."""
 
     def drained_begin(self) -> None:
         """(Parent) Called when a node below is to become quiet; passed upwards by the graph."""

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request, WriteFlags
+from qmpd.block.dirty_bitmap import mark
 from qmpd.units import MiB, align_down, align_up
 
 if TYPE_CHECKING:
@@ -139,12 +140,17 @@ async def write(node: BlockNode, batch: Batch, flags: WriteFlags = WriteFlags.NO
         rest = await _divert_zeroes(node, batch, flags)
     else:
         rest = batch
-    if alignment == 1:
-        if rest:
-            await node.pwritev(rest, flags)
-    else:
-        for group in _without_conflicts(rest, alignment):
-            await _write_group(node, group, flags, alignment)
+    try:
+        if alignment == 1:
+            if rest:
+                await node.pwritev(rest, flags)
+        else:
+            for group in _without_conflicts(rest, alignment):
+                await _write_group(node, group, flags, alignment)
+    finally:
+        if node.dirty_bitmaps and not flags & WriteFlags.UNCHANGED:
+            for request in batch:
+                mark(node, request.offset, len(request.view))
     for request in batch:
         if request.end > node.wr_highest_offset and not request.error:
             node.wr_highest_offset = request.end
@@ -244,12 +250,16 @@ async def write_zeroes(node: BlockNode, offset: int, length: int, flags: WriteFl
     alignment = node.request_alignment
     end = offset + length
     start, stop = align_up(offset, alignment), align_down(end, alignment)
-    if start >= stop:
-        await _write_zero_bytes(node, offset, end, flags)
-    else:
-        await _write_zero_bytes(node, offset, start, flags)
-        await _zero_aligned(node, start, stop, flags)
-        await _write_zero_bytes(node, stop, end, flags)
+    try:
+        if start >= stop:
+            await _write_zero_bytes(node, offset, end, flags)
+        else:
+            await _write_zero_bytes(node, offset, start, flags)
+            await _zero_aligned(node, start, stop, flags)
+            await _write_zero_bytes(node, stop, end, flags)
+    finally:
+        if node.dirty_bitmaps:
+            mark(node, offset, length)
     node.wr_highest_offset = max(node.wr_highest_offset, end)
     if node.write_threshold:
         node.check_write_threshold(end)
@@ -287,4 +297,8 @@ async def discard(node: BlockNode, offset: int, length: int) -> None:
     start, stop = align_up(offset, alignment), align_down(offset + length, alignment)
     if start < stop:
         async with node.ranges.own(start, stop, exclusive=False):
-            await node.pdiscard(start, stop - start)
+            try:
+                await node.pdiscard(start, stop - start)
+            finally:
+                if node.dirty_bitmaps:
+                    mark(node, start, stop - start)
