@@ -10,7 +10,7 @@ import base64
 import os
 import time
 import uuid as uuids
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,8 @@ DIGEST_TIME_MS = 125
 _TRIAL_MEMORY_KIB = 64 * 1024
 
 Random = Callable[[int], bytes]
+Prepare = Callable[[HeaderIO, dict[str, Any], bytearray], Awaitable[None]]
+"""Is given the target, the JSON, which it may change, and the volume key, before the header counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +115,19 @@ def header_length() -> int:
 
 
 async def create_luks2(
-    target: HeaderIO, options: Luks2Options, passphrase: SecretBytes, *, detached: bool, random: Random = os.urandom
+    target: HeaderIO,
+    options: Luks2Options,
+    passphrase: SecretBytes,
+    *,
+    detached: bool,
+    random: Random = os.urandom,
+    prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     """Write a fresh volume's header to `target`, flush, and return its JSON.
 
     target    holds at least `header_length()` bytes: the caller has made the room
     detached  the payload will be elsewhere, starting at its byte 0
+    prepare   adds to the header what else the volume needs
     What could be taken for a header goes first, the new copies come last: a volume half made is not
     recognised as one, nor as the one that was there. Raises CommandError, OSError.
     """
@@ -131,19 +140,21 @@ async def create_luks2(
         slot, material = await seal(
             key, passphrase, await costs_for(options), options.hash, 2 * COPY_SIZE, random=random
         )
+        tree = {
+            "keyslots": {"0": slot},
+            "tokens": {},
+            "segments": {"0": _segment(spec, 0 if detached else header_length())},
+            "digests": {"0": digest},
+            "config": {"json_size": str(COPY_SIZE - luks2.BINARY_SIZE), "keyslots_size": str(KEYSLOTS_SIZE)},
+        }
+        for place in (0, *luks2.COPY_SIZES):
+            await target.pwrite(place, bytes(luks2.BINARY_SIZE))
+        await target.flush()
+        if prepare is not None:
+            await prepare(target, tree, key)
     finally:
         key[:] = bytes(len(key))
-    tree = {
-        "keyslots": {"0": slot},
-        "tokens": {},
-        "segments": {"0": _segment(spec, 0 if detached else header_length())},
-        "digests": {"0": digest},
-        "config": {"json_size": str(COPY_SIZE - luks2.BINARY_SIZE), "keyslots_size": str(KEYSLOTS_SIZE)},
-    }
     copies = [luks2.pack_copy(_binary(options, random), dump_json(tree), place) for place in (0, COPY_SIZE)]
-    for place in (0, *luks2.COPY_SIZES):
-        await target.pwrite(place, bytes(luks2.BINARY_SIZE))
-    await target.flush()
     await target.pwrite(2 * COPY_SIZE, material)
     await target.flush()
     await target.pwrite(0, b"".join(copies))
@@ -152,13 +163,15 @@ async def create_luks2(
 
 
 def _segment(spec: CipherSpec, offset: int) -> dict[str, Any]:
-    generator = f"{spec.iv}:{spec.iv_hash}" if spec.iv_hash else spec.iv
+    words = [spec.cipher, spec.mode]
+    if spec.mode != "ecb":  # cryptsetup takes no generator where there are no initial values
+        words.append(f"{spec.iv}:{spec.iv_hash}" if spec.iv_hash else spec.iv)
     return {
         "type": "crypt",
         "offset": str(offset),
         "size": "dynamic",
         "iv_tweak": "0",
-        "encryption": f"{spec.cipher}-{spec.mode}-{generator}",
+        "encryption": "-".join(words),
         "sector_size": spec.sector_size,
     }
 

@@ -20,12 +20,13 @@ from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
 from qmpd.formats import luks2
 from qmpd.formats.luks2_json import Digest, Keyslot, Metadata, Segment
+from qmpd.luks.encrypt import REQUIREMENT, journal_of
 from qmpd.luks.memory import NotEnoughMemory
 from qmpd.luks.volume import HeaderIO, Unlocked, read_padded
 from qmpd.luks.work import derive, derive_heavy
 from qmpd.units import SECTOR, align_up
 
-KNOWN_REQUIREMENTS: tuple[str, ...] = ()
+KNOWN_REQUIREMENTS: tuple[str, ...] = (REQUIREMENT,)
 """Mandatory requirements that we meet; a volume with any other is not opened."""
 
 _SALT_SIZES = range(8, 65)
@@ -81,6 +82,7 @@ class Luks2Volume:
     """A LUKS2 header whose payload we can serve: one segment of kind crypt, no requirement unknown to us.
 
     problem   what is wrong with the copy that was not believed, None if nothing is
+    journal   of a volume that is being encrypted in place: not for users, whoever opens it checks that
     """
 
     version = 2
@@ -89,6 +91,7 @@ class Luks2Volume:
         """Check what the volume needs of us. Raises CommandError for volumes that are valid but not ours to open."""
         self.copy, self.problem = found.copy, found.problem
         metadata = self.metadata = found.copy.metadata
+        self.journal = journal_of(metadata)
         self.segment = _only_segment(metadata)
         self.digest = _digest_of(metadata, self.segment)
         digest_size(self.digest.hash)

@@ -26,6 +26,7 @@ class SharedHeader:
     lock        held by whoever changes the header, and by whoever reads more of it than one piece
     users       how many luks nodes are open on it, and `nodes` which
     generation  counts changes made through this process; a user that remembers a lower one reads again
+    admitted    name of the one node that may open a volume that is being encrypted in place
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class SharedHeader:
         self.users = 0
         self.nodes: WeakSet[HeaderUser] = WeakSet()
         self.generation = 0
+        self.admitted: str | None = None
 
     async def read(self, source: HeaderIO, *, detached: bool, image: str = "header") -> Volume:
         """Read the header anew, between changes; see `read_header`. Raises CommandError, ImageError, OSError."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qmpd.crypto import af
 from qmpd.crypto.block import BlockCrypto
@@ -19,6 +19,9 @@ from qmpd.errors import CommandError
 from qmpd.formats import luks1
 from qmpd.luks.work import derive
 from qmpd.units import SECTOR, align_up
+
+if TYPE_CHECKING:
+    from qmpd.luks.encrypt import Journal
 
 
 class HeaderIO(Protocol):
@@ -80,6 +83,10 @@ class Volume(Protocol):
     def problem(self) -> str | None:
         """What is wrong with a second copy of the header, None if nothing is."""
 
+    @property
+    def journal(self) -> Journal | None:
+        """The journal of a volume that is being encrypted in place, None for all others."""
+
     def info(self) -> dict[str, Any]:
         """Return format-specific data of ImageInfo (wire names)."""
 
@@ -111,6 +118,7 @@ class Luks1Volume:
     first_sector = 0
     payload_length: int | None = None
     problem: str | None = None
+    journal: Journal | None = None
 
     def __init__(self, header: luks1.Luks1Header) -> None:
         self.header = header
