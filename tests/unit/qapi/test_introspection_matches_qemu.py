@@ -32,7 +32,7 @@ class Comparison:
     def __init__(self, ours: Infos, theirs: Infos) -> None:
         self.ours, self.theirs = ours, theirs
         self.seen: set[tuple[str, str]] = set()
-        self.added: set[str] = set()  # types of members that are ours alone
+        self.added: set[str] = set()  # what is ours alone: commands, events, types of members and of theirs
 
     def run(self) -> Iterator[Difference]:
         for name, info in self.ours.items():
@@ -40,7 +40,21 @@ class Comparison:
                 if name in self.theirs:
                     yield from self.compare(name, name, name)
                 else:
+                    self.own(name)
                     yield name, "not in QEMU"
+
+    def own(self, name: str) -> None:
+        """Note that an entity, and what it refers to, need not be like anything in QEMU."""
+        if name in self.added:
+            return
+        self.added.add(name)
+        info = self.ours[name]
+        for key in ("arg-type", "ret-type", "element-type"):
+            if key in info:
+                self.own(info[key])
+        for member in [*info.get("members", []), *info.get("variants", [])]:
+            if "type" in member:
+                self.own(member["type"])
 
     def compare(self, path: str, our_name: str, their_name: str) -> Iterator[Difference]:
         if (our_name, their_name) in self.seen:
@@ -96,7 +110,8 @@ class Comparison:
         mine, others = [{member["name"]: member for member in info["members"]} for info in (ours, theirs)]
         if added := [name for name in mine if name not in others]:
             yield path, f"adds {', '.join(added)}"
-            self.added.update(mine[name]["type"] for name in added)
+            for name in added:
+                self.own(mine[name]["type"])
         if [name for name in others if name in mine] != [name for name in mine if name not in added]:
             yield path, f"members {list(mine)}, not {list(others)}"
         elif missing := [name for name in others if name not in mine]:
