@@ -74,7 +74,8 @@ class BlockNode:
     Set by the graph before `open`: name, graph, node_options, given, read_only, children
     Set by a driver with backing in `open`: backing_file, backing_format, as the image names them
     Set by the driver in `open`: size; and where they differ from the default, request_alignment,
-    zero_alignment (best alignment of zero and discard requests), supports_fua
+    zero_alignment (best alignment of zero and discard requests), supports_fua, locked (False if
+    there is nothing for `unlock` to do)
     """
 
     driver_name: ClassVar[str] = ""
@@ -83,6 +84,7 @@ class BlockNode:
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
     strong_options: ClassVar[Sequence[str]] = ()
+    locked: bool = True
     opens_writing: ClassVar[bool] = False
 
     def __init__(self, graph: Graph, name: str, node_options: NodeOptions, given: Mapping[str, Any]) -> None:

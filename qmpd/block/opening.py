@@ -131,7 +131,7 @@ class _Opening:
         try:
             await self.graph.runner.run(node.open(options))
             self.opened = True
-            if type(node).unlock is not BlockNode.unlock:
+            if type(node).unlock is not BlockNode.unlock and node.locked:
                 async with self.slow():
                     await self.graph.runner.run(node.unlock())
         except OSError as error:

@@ -14,12 +14,14 @@ class OpenFlags(enum.Flag):
     NO_IO       nothing will be read from the nodes: encrypted ones are not unlocked
     NO_BACKING  what an image names as its backing file is not opened
     CHECK       the image is to be checked: it is not repaired on the way
+    NO_AES      the old encryption of qcow2 is refused, as the system emulator does (its daemon has this one)
     """
 
     NONE = 0
     NO_IO = 1
     NO_BACKING = 2
     CHECK = 4
+    NO_AES = 8
 
 
 GENERIC_MEMBERS = (

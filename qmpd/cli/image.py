@@ -9,6 +9,7 @@ from typing import Any
 from qmpd.block.backend import BlockBackend
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
+from qmpd.cli.blockdev import check_options
 from qmpd.errors import CommandError
 from qmpd.events import EventBus
 from qmpd.qapi import schema as schemas
@@ -33,7 +34,7 @@ class Workshop:
         self.objects = ObjectTree(registry)
         self._with_objects = False
         self.graph = Graph(self.objects, EventBus(), registry=registry)
-        self.graph.validate = lambda tree: dict(validate(self.schema, "BlockdevOptions", tree))
+        self.graph.validate = lambda tree: check_options(self.schema, tree)
 
     def add_object(self, members: Mapping[str, Any]) -> None:
         """Add an object, its values given as text. Raises ValidationError or CommandError."""

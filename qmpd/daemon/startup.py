@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from qmpd.block.options import OpenFlags
 from qmpd.daemon import process
 from qmpd.daemon.chardev import adopt_socket, listen_at, open_chardev, open_compat
 from qmpd.daemon.config import Configurator, HelpWanted
@@ -125,6 +126,7 @@ async def _apply_system(daemon: Daemon, start: Start) -> None:
     from qmpd.daemon import system_options
     from qmpd.machine.machine import Machine
 
+    daemon.services.graph.open_flags |= OpenFlags.NO_AES
     configure = Configurator(daemon.services, daemon.monitors)
     ctx = daemon.context()
     objects: list[dict[str, Any]] = []

@@ -173,6 +173,8 @@ async def count_references(image: Image, result: CheckResult) -> Counts:
     for offset, length in image.overlaps.areas.get("snapshot-table", ()):
         _refer(image, counts, result, offset, length)
     await _count_bitmaps(image, counts, result)
+    if image.encryption is not None:
+        _refer(image, counts, result, *image.encryption.place)
     _refer(image, counts, result, header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
     for index, entry in enumerate(image.refcounts.table):
         if entry:

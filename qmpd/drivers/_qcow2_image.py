@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.ranges import RangeTable
 from qmpd.drivers._qcow2_cache import Mutex, Slice, SliceCache
+from qmpd.drivers._qcow2_crypto import Encryption
 from qmpd.drivers._qcow2_options import Settings
 from qmpd.drivers._qcow2_overlap import Overlaps
 from qmpd.drivers._qcow2_refcounts import Refcounts
@@ -88,6 +89,7 @@ class Image:
     lock       held while clusters are allocated and linked, never across guest data
     owned      guest ranges whose clusters are being allocated, zeroed or discarded
     bitmaps_fresh  persistent bitmaps are there and still right: to be outdated by the first change
+    encryption how guest data is encrypted, None if it is not
     dead       the image was found corrupt while writable: no more I/O
     """
 
@@ -110,6 +112,7 @@ class Image:
         self.snapshots: list[Snapshot] = []
         self.bitmaps: list[StoredBitmap] = []
         self.bitmaps_fresh = False
+        self.encryption: Encryption | None = None
         self.dead = False
         self.signaled = False
         self._writing = Mutex()
@@ -157,7 +160,12 @@ class Image:
         return data
 
     async def read_file(self, batch: Batch) -> None:
-        """Read guest data; bytes after the end of the file are zero. Errors are marked."""
+        """Read guest data (of `Placed` requests), decrypted; bytes after the file's end are zero. Errors are marked."""
+        await self._read_stored(batch)
+        if self.encryption is not None:
+            await self.encryption.decrypt(batch)
+
+    async def _read_stored(self, batch: Batch) -> None:
         end = self.file.size
         inside = batch
         if any(request.end > end for request in batch):

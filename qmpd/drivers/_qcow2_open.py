@@ -6,6 +6,7 @@ import logging
 import struct
 from typing import TYPE_CHECKING
 
+from qmpd.drivers._qcow2_crypto import read_encryption
 from qmpd.drivers._qcow2_image import Image, Report
 from qmpd.drivers._qcow2_options import Qcow2Options, resolve
 from qmpd.errors import CommandError
@@ -61,6 +62,9 @@ async def open_image(
         raise CommandError("Could not read L1 table") from error
     for warning in qcow2_header.parse_extensions(header, data):
         log.warning("qcow2: %s", warning)
+    image.encryption = await read_encryption(file, header)
+    if image.encryption is not None:
+        image.overlaps.protect(*image.encryption.place)
     _check_data_file(options, header)
     refuse_unbuilt(header)
     qcow2_header.read_backing_name(header, data)
@@ -89,13 +93,6 @@ def refuse_unbuilt(header: Header) -> None:
     if unbuilt:
         names = {(kind, bit): name for kind, bit, name in qcow2_header.FEATURE_NAMES}
         raise qcow2_header.unsupported(unbuilt, names)
-    if header.crypt_method != qcow2_header.CRYPT_NONE:
-        name = "AES" if header.crypt_method == qcow2_header.CRYPT_AES else "LUKS"
-        if header.crypt_method == qcow2_header.CRYPT_LUKS and not any(
-            kind == qcow2_header.EXT_CRYPTO_HEADER for kind, _ in header.extensions
-        ):
-            raise CommandError(f"Missing CRYPTO header for crypt method {header.crypt_method}")
-        raise CommandError(f"Unsupported qcow2 feature(s): {name} encryption")
     if not can_decompress(header.compression_type):
         raise CommandError(
             f"Unsupported qcow2 feature(s): compression type {COMPRESSION_TYPES[header.compression_type]}"

@@ -112,9 +112,9 @@ def resolve(options: Qcow2Options, header: Header, *, unmap: bool) -> Settings:
     return settings
 
 
-def _encryption_format(encrypt: Any) -> str:
-    value = encrypt["format"] if isinstance(encrypt, dict) else encrypt.format
-    return str(value)
+def _encryption_format(encrypt: dict[str, Any]) -> str | None:
+    """Return the method that the options name; tools may leave it to the image."""
+    return encrypt.get("format")
 
 
 def _size(value: int | None) -> int:

@@ -23,6 +23,9 @@ _TEXT = {
 }
 assert tuple(_TEXT) == OVERLAP_KINDS
 
+_PROTECTED = "encryption header"
+"""What is checked whatever the options say: without it all data is lost."""
+
 
 class Overlaps:
     """The places of metadata by kind (the names of the option).
@@ -30,7 +33,7 @@ class Overlaps:
     areas   kind -> (offset, length) in bytes       tables   kind -> numbers of host clusters
     """
 
-    __slots__ = ("_bits", "_kinds", "_sets", "_spans", "areas", "tables")
+    __slots__ = ("_bits", "_kinds", "_protected", "_sets", "_spans", "areas", "tables")
 
     def __init__(self, kinds: Iterable[str], cluster_bits: int) -> None:
         wanted = frozenset(kinds)
@@ -38,6 +41,7 @@ class Overlaps:
         self._bits = cluster_bits
         self.areas: dict[str, list[tuple[int, int]]] = {"main-header": [(0, 1 << cluster_bits)]}
         self.tables: dict[str, set[int]] = {}
+        self._protected: tuple[int, int] | None = None
         self._spans: list[tuple[int, int]] = []
         self._sets: list[set[int]] = []
         self._collect()
@@ -49,6 +53,9 @@ class Overlaps:
             for kind in self._kinds
             for place, size in self.areas.get(kind, ())
         ]
+        if self._protected is not None:
+            place, size = self._protected
+            self._spans.append((place >> self._bits, place + size - 1 >> self._bits))
         self._sets = [self.tables[kind] for kind in self._kinds if kind in self.tables]
 
     def clear(self, offset: int, length: int) -> bool:
@@ -68,6 +75,11 @@ class Overlaps:
             elif any(first <= number <= last for number in tables):
                 return False
         return True
+
+    def protect(self, offset: int, length: int) -> None:
+        """State where the header of the encryption lies, if `length` is not 0."""
+        self._protected = (offset, length) if length else None
+        self._collect()
 
     def wants(self, kind: str) -> bool:
         """Say whether `kind` is checked."""
@@ -115,4 +127,8 @@ class Overlaps:
             for place, size in self.areas.get(kind, ()):
                 if place < end and start < place + size:
                     return _TEXT[kind]
+        if self._protected is not None:
+            place, size = self._protected
+            if place < end and start < place + size:
+                return _PROTECTED
         return None

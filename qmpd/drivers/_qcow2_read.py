@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
+from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import NORMAL, UNALLOCATED, map_range, plain_host
 from qmpd.formats.qcow2 import ClusterType, compressed_extent
@@ -38,7 +39,7 @@ async def read_batch(image: Image, batch: Batch, backing: Child | None) -> None:
         for request in batch:
             host = plain_host(image, request.offset, len(request.view), 0)
             if host >= 0:
-                stored.append(Request(host, request.view, request))
+                stored.append(Placed(host, request.offset, request.view, request))
                 continue
             try:
                 runs = await map_range(image, request.offset, len(request.view))
@@ -51,7 +52,7 @@ async def read_batch(image: Image, batch: Batch, backing: Child | None) -> None:
             for kind, offset, length, host in runs:
                 start = offset - request.offset
                 if kind is NORMAL:
-                    stored.append(request.part(host, start, length))
+                    stored.append(Placed(host, offset, request.view[start : start + length], request))
                 elif kind is UNALLOCATED and backing is not None:
                     below.append(request.part(offset, start, length))
                 elif kind is ClusterType.COMPRESSED:

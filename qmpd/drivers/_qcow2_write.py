@@ -12,6 +12,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
+from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import Place, find_slice, plain_host
 from qmpd.drivers._qcow2_read import read_backing, read_compressed
@@ -97,7 +98,7 @@ async def write_batch(image: Image, batch: Batch, backing: Child | None, size: i
         for request in batch:
             host = plain_host(image, request.offset, len(request.view), COPIED)
             if host >= 0:
-                ready.append(Request(host, request.view, request))
+                ready.append(Placed(host, request.offset, request.view, request))
                 continue
             try:
                 await _classify(image, request, request.offset, request.view, ready, plans)
@@ -140,9 +141,10 @@ async def _classify(
                 length += _following(place, index, entry, cluster, min(len(view) - done, table_end - offset) - length)
             if run_end == done and ready[-1].end == host:
                 last = ready[-1]
-                ready[-1] = Request(last.offset, view[done - len(last.view) : done + length], request)
+                before = len(last.view)
+                ready[-1] = Placed(last.offset, offset - before, view[done - before : done + length], request)
             else:
-                ready.append(Request(host, view[done : done + length], request))
+                ready.append(Placed(host, offset, view[done : done + length], request))
             run_end = done + length
         else:
             if entry & ZERO and image.header.version < 3:
@@ -191,7 +193,10 @@ async def _write_file(image: Image, batch: Batch) -> None:
         checked.fail(errno.ENOMEDIUM)
         return
     try:
-        await image.file.pwritev(checked)
+        if image.encryption is None:
+            await image.file.pwritev(checked)
+        else:
+            await image.encryption.write(image.file, checked)
     except OSError as error:
         checked.fail(error.errno or errno.EIO)
 
@@ -295,7 +300,7 @@ async def _read_around(image: Image, plans: list[Plan], backing: Child | None, s
                 continue
             view = memoryview(bytearray(end - start))
             plan.gaps.append((start, view))
-            part = Request(0, view[: inside - start])
+            part: Request = Placed(0, plan.guest + start, view[: inside - start])
             if kind is ClusterType.COMPRESSED:
                 try:
                     unpacked = unpacked or await read_compressed(image, plan.entry)
@@ -322,9 +327,12 @@ async def _read_around(image: Image, plans: list[Plan], backing: Child | None, s
 
 
 async def _zero_gap(image: Image, plan: Plan, start: int, end: int) -> None:
-    """Have [start, end) of the new cluster zeroed: with the data, or now if it is large."""
+    """Have [start, end) of the new cluster zeroed: with the data, or now if it is large and not encrypted."""
     if end - start <= ZERO_BY_FILE:
         plan.gaps.append((start, _ZEROES[: end - start]))
+        return
+    if image.encryption is not None:
+        plan.gaps.append((start, memoryview(bytes(end - start))))
         return
     try:
         await image.check_overlap(plan.host + start, end - start)
@@ -339,9 +347,10 @@ async def _with_data(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan
     for plan in plans:
         if plan.failed:
             continue
-        parts = [(start, Request(plan.host + start, view)) for start, view in plan.gaps]
+        host, guest = plan.host, plan.guest
+        parts = [(start, Placed(host + start, guest + start, view)) for start, view in plan.gaps]
         parts.extend(
-            (piece.start, Request(plan.host + piece.start, piece.view, piece.request)) for piece in plan.pieces
+            (one.start, Placed(host + one.start, guest + one.start, one.view, one.request)) for one in plan.pieces
         )
         parts.sort(key=lambda pair: pair[0])
         writes.extend((request, plan) for _, request in parts)

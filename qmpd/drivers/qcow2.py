@@ -17,8 +17,10 @@ from qmpd.block.child import Child
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
+from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.drivers._qcow2_backing import change_backing, make_empty, set_lazy
 from qmpd.drivers._qcow2_check import CheckResult, check_image
+from qmpd.drivers._qcow2_crypto import amend_encryption
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
@@ -29,7 +31,7 @@ from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ClusterType
-from qmpd.formats.qcow2_header import COMPRESSION_TYPES, CORRUPT, DIRTY, LAZY_REFCOUNTS
+from qmpd.formats.qcow2_header import COMPRESSION_TYPES, CORRUPT, CRYPT_AES, DIRTY, LAZY_REFCOUNTS
 from qmpd.formats.qcow2_snapshot import BITMAP_IN_USE
 from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR
@@ -44,8 +46,10 @@ class Qcow2Node(BlockNode):
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.IMAGE}
     supports_backing = True
     opens_writing = True
+    strong_options = ("encrypt.key-secret",)
 
     image: Image
+    _passphrase: SecretBytes | None = None
 
     async def open(self, options: Qcow2Options) -> None:
         """Check and open the image; repair it if it was not closed and is to be written."""
@@ -54,17 +58,55 @@ class Qcow2Node(BlockNode):
         check = OpenFlags.CHECK in self.graph.open_flags
         image = await open_image(options, writable=self.writable, unmap=unmap, report=self._report, check=check)
         self.image = image
+        self._take_secret(options)
         header = image.header
         image.bitmaps = await read_bitmaps(image)
-        if self.writable:
-            image.bitmaps_fresh = any(not bitmap.flags & BITMAP_IN_USE for bitmap in image.bitmaps)
-            await clear_autoclear(image)
-            if header.incompatible & DIRTY and not check:
-                await self._repair()
+        if not self.locked:
+            await self._begin_writing()
         self.size = header.size // SECTOR * SECTOR
         self.zero_alignment = header.cluster_size
         self.backing_file = header.backing_file.decode("utf-8", "surrogateescape") or None
         self.backing_format = header.backing_format.decode("utf-8", "surrogateescape") or None
+
+    def _take_secret(self, options: Qcow2Options) -> None:
+        """Look up what opens an encrypted image, unless nothing will be read. Raises CommandError."""
+        encryption = self.image.encryption
+        self.locked = encryption is not None
+        if encryption is None:
+            return
+        if encryption.method == CRYPT_AES and OpenFlags.NO_AES in self.graph.open_flags:
+            raise CommandError("Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators")
+        encryption.key_secret = (options.encrypt or {}).get("key-secret")
+        self.request_alignment = SECTOR
+        if encryption.key_secret is not None:
+            self.given = {**self.given, "encrypt.key-secret": encryption.key_secret}
+        if OpenFlags.NO_IO not in self.graph.open_flags:
+            self._passphrase = encryption.passphrase(self.graph.objects)
+
+    async def unlock(self) -> None:
+        """Derive the key of an encrypted image; before that, nothing of it is changed."""
+        encryption, passphrase = self.image.encryption, self._passphrase
+        if encryption is None:
+            return
+        try:
+            if passphrase is not None:
+                await encryption.unlock(passphrase)
+        except BaseException:
+            self.image.writable = False  # so that `close` does not mark as clean what was not repaired
+            raise
+        finally:
+            if passphrase is not None:
+                passphrase.wipe()
+        await self._begin_writing()
+
+    async def _begin_writing(self) -> None:
+        """Do what comes before the first write, if there may be any."""
+        image = self.image
+        if self.writable:
+            image.bitmaps_fresh = any(not bitmap.flags & BITMAP_IN_USE for bitmap in image.bitmaps)
+            await clear_autoclear(image)
+            if image.header.incompatible & DIRTY and OpenFlags.CHECK not in self.graph.open_flags:
+                await self._repair()
 
     async def _repair(self) -> None:
         """Repair an image whose refcounts were not written back, and mark it clean."""
@@ -92,6 +134,10 @@ class Qcow2Node(BlockNode):
             await self.image.close()
         except OSError as error:
             log.error("qcow2 node '%s': writing metadata at close failed: %s", self.name, error.strerror)
+        if self._passphrase is not None:
+            self._passphrase.wipe()
+        if self.image.encryption is not None:
+            self.image.encryption.wipe()
 
     # --- I/O --------------------------------------------------------------------------------------
 
@@ -136,7 +182,8 @@ class Qcow2Node(BlockNode):
         end = 0 if backing is None else backing.size
         below = self.file.node
         extents: list[Extent] = []
-        for kind, at, size, host in runs:
+        for kind, at, size, place in runs:
+            host = place if self.image.encryption is None else None
             if kind is ClusterType.NORMAL:
                 extents.append(Extent(at, size, data=True, zero=False, host=host, file=below))
             elif kind is ClusterType.COMPRESSED:
@@ -169,6 +216,12 @@ class Qcow2Node(BlockNode):
         """Give up everything that this layer holds."""
         await make_empty(self.image, self.size)
 
+    async def amend(self, options: Mapping[str, Any], *, force: bool) -> None:
+        """Change the key slots (BlockdevAmendOptionsQcow2); reads and writes go on meanwhile."""
+        await self.graph.runner.run(
+            amend_encryption(self.image, options.get("encrypt"), self.graph.objects.passphrase, force=force)
+        )
+
     async def check(self, *, fix_leaks: bool, fix_errors: bool) -> CheckResult:
         """Compare refcounts and flags with what refers to each cluster, and mend them."""
         return await check_image(self.image, fix_leaks=fix_leaks, fix_errors=fix_errors)
@@ -189,11 +242,16 @@ class Qcow2Node(BlockNode):
             data["extended-l2"] = False
             if self.image.bitmaps:
                 data["bitmaps"] = [bitmap.to_qapi() for bitmap in self.image.bitmaps]
+        encryption = self.image.encryption
+        if encryption is not None:
+            data["encrypt"] = encryption.info()
         info: dict[str, Any] = {
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible & DIRTY),
             "format-specific": {"type": "qcow2", "data": data},
         }
+        if encryption is not None:
+            info["encrypted"] = True
         if self.image.snapshots:
             info["snapshots"] = [snapshot.to_qapi() for snapshot in self.image.snapshots]
         return info

@@ -20,11 +20,11 @@ from qmpd.block.batch import Batch
 from qmpd.block.node import BlockNode
 from qmpd.block.options import GENERIC_MEMBERS, NodeOptions, OpenFlags
 from qmpd.block.perm import Perm
+from qmpd.cli.blockdev import check_options
 from qmpd.cli.img import _opts
 from qmpd.errors import CommandError, QmpdError
 from qmpd.formats import probe
 from qmpd.qapi import keyval
-from qmpd.qapi.visit import validate
 from qmpd.units import align_up
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class _Opener:
         for name in SIZE_MEMBERS.intersection(text):
             if isinstance(text[name], str):
                 text[name] = str(parse_size(name, text[name]))
-        checked = dict(validate(self.shop.schema, "BlockdevOptions", text, keyval=True))
+        checked = check_options(self.shop.schema, text, keyval=True)
         if bare:
             checked["backing"] = None
         return checked
