@@ -64,6 +64,7 @@ class FileNode(BlockNode):
         self._upgrade: int | None = None
         self._held = (Perm.NONE, Perm.ALL)
         self._discards = [0, 0, 0]
+        self.outside = Perm.NONE
         fd = await self._open_path(direct)
         try:
             self._check_kind(os.fstat(fd).st_mode)
@@ -125,6 +126,7 @@ class FileNode(BlockNode):
         """Take the image locks of the new permissions beside the old ones, or refuse."""
         if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED) and not self._writes:
             self._upgrade = self._reopen(os.O_RDWR)
+        shared &= ~self.outside
         self._wanted = (perm, shared)
         if not self._locking or self._wanted == self._held:
             return
@@ -137,6 +139,10 @@ class FileNode(BlockNode):
         except CommandError:
             self.abort_perm()
             raise
+
+    def flock_descriptor(self) -> int | None:
+        """Return a descriptor of its own for whole-file locks, which the caller closes; None without locking."""
+        return self._reopen(os.O_RDONLY) if self._locking else None
 
     def _reopen(self, flags: int) -> int:
         if self.disk.direct:

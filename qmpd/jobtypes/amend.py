@@ -1,4 +1,4 @@
-"""x-blockdev-amend: options of an open image changed by a job, while it is used.
+"""x-blockdev-amend, blockdev-amend: options of an open image changed by a job, while it is used.
 
 A node that can be amended has `async amend(options, force)`; options that do not fit the schema are
 refused at once, everything else is the job's error.
@@ -37,16 +37,28 @@ class AmendJob(Job):
             self.current = 1
 
 
+def _start(ctx: Context, name: str, job_id: str, node_name: str, options: dict[str, Any], force: bool) -> None:
+    node = ctx.graph.lookup(None, node_name)
+    if options["driver"] != node.driver_name:
+        raise CommandError(f"{name} doesn't support changing the block driver")
+    if not isinstance(node, Amendable):
+        raise CommandError(f"Driver does not support {name}")
+    members = {key: value for key, value in options.items() if key != "driver"}
+    job = ctx.jobs.add(lambda: AmendJob(ctx.jobs, job_id, node, members, force=force), job_id)
+    job.start()
+
+
 @command("x-blockdev-amend")
 async def x_blockdev_amend(
     ctx: Context, *, job_id: str, node_name: str, options: dict[str, Any], force: bool = False
 ) -> None:
     """Start the job that amends a node."""
-    node = ctx.graph.lookup(None, node_name)
-    if options["driver"] != node.driver_name:
-        raise CommandError("x-blockdev-amend doesn't support changing the block driver")
-    if not isinstance(node, Amendable):
-        raise CommandError("Driver does not support x-blockdev-amend")
-    members = {key: value for key, value in options.items() if key != "driver"}
-    job = ctx.jobs.add(lambda: AmendJob(ctx.jobs, job_id, node, members, force=force), job_id)
-    job.start()
+    _start(ctx, "x-blockdev-amend", job_id, node_name, options, force)
+
+
+@command("blockdev-amend")
+async def blockdev_amend(
+    ctx: Context, *, job_id: str, node_name: str, options: dict[str, Any], force: bool = False
+) -> None:
+    """Start the job that amends a node, options of our own included."""
+    _start(ctx, "blockdev-amend", job_id, node_name, options, force)

@@ -1,47 +1,32 @@
-"""Key slots of a LUKS1 header added and erased, so that a crash at any byte locks nobody out.
+"""Key slots of a LUKS header added, changed and erased, so that a crash at any byte locks nobody out.
 
-Model: qcrypto_block_luks_amend_options (QEMU crypto/block-luks.c); texts as the reference. The order of
-the writes is ours. Adding: key material, flush, salt and iterations while the slot still counts as
-free, flush, unlock it from disk, then the one field that makes it count. Erasing: that field first,
-flush, then the material is overwritten. The field lies in one sector, whatever slot it is (the rest
-of slot 6's entry does not).
+This is LUKS1, and the way to LUKS2 (`keys2`). The order of the writes is ours. Adding: key material,
+flush, salt and iterations while the slot still counts as free, flush, unlock it from disk, then the one
+field that makes it count. Erasing: that field first, flush, then the material is overwritten. The field
+lies in one sector, whatever slot it is (the rest of slot 6's entry does not). Changing: a new slot is
+added, then the old ones are erased.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpd.crypto.hashes import digest_size
-from qmpd.crypto.kdf import DEFAULT_ITER_TIME_MS, MIN_ITERATIONS, iterations_for
+from qmpd.crypto.kdf import DEFAULT_ITER_TIME_MS, MIN_ITERATIONS, check_pbkdf2_iterations, iterations_for
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.formats import luks1
+from qmpd.luks.backup import SavedFirst
 from qmpd.luks.create import fill_slot
+from qmpd.luks.detect import is_luks2
+from qmpd.luks.edits import KeyslotEdit, Passphrase, choose_slots
+from qmpd.luks.keys2 import edit_luks2
 from qmpd.luks.volume import HeaderIO, Luks1Volume, open_slot, read_padded
 from qmpd.luks.work import derive
 from qmpd.units import SECTOR, align_up
 
-Passphrase = Callable[[str], SecretBytes]
-"""Returns a copy of the secret with that id, which the caller wipes. Raises CommandError."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyslotEdit:
-    """BlockdevAmendOptionsLUKS; secrets are ids.
-
-    state      "active": add, "inactive": erase        keyslot    0 to 7, None: QEMU's choice
-    iter_time  milliseconds of key derivation for what is added
-    secret     unlocks the volume; None takes the secret the node was opened with
-    """
-
-    state: str
-    new_secret: str | None = None
-    old_secret: str | None = None
-    keyslot: int | None = None
-    iter_time: int | None = None
-    secret: str | None = None
+__all__ = ["KeyslotEdit", "Passphrase", "edit_keyslots"]
 
 
 async def edit_keyslots(
@@ -50,83 +35,108 @@ async def edit_keyslots(
     """Carry out one edit on the header on `target`, which nobody else changes meanwhile.
 
     unlock_with  id of the secret that unlocks the volume unless the edit names one
+    detached     the payload is elsewhere
     force        do what may make the volume unreadable for good
-    Raises CommandError, OSError; the header is then as it was, or a slot was left half erased.
+    Raises CommandError, ImageError, OSError; the header is then as it was, or has a slot more that
+    opens, or a slot was left half erased.
     """
+    if edit.backup is not None:
+        target = SavedFirst(target, edit.backup, detached=detached)
+    if await is_luks2(target):
+        await edit_luks2(target, edit, passphrase, unlock_with, detached=detached, force=force)
+        return
     data = await read_padded(target, 0, luks1.HEADER_SIZE)
     volume = Luks1Volume(luks1.parse_header(data, detached=detached))
-    if edit.state == "active":
-        await _add(target, volume, edit, passphrase, edit.secret or unlock_with, force=force)
+    edit.check(luks1.SLOTS)
+    if edit.state == "inactive":
+        for index in await _chosen(target, volume, edit, passphrase, force=force):
+            await wipe_slot(target, volume.header, index)
     else:
-        await _erase(target, volume, edit, passphrase, force=force)
+        await _add(target, volume, edit, passphrase, edit.unlocking(unlock_with), force=force)
 
 
-def _check_index(index: int) -> None:
-    if not 0 <= index < luks1.SLOTS:
-        raise CommandError(f"Invalid keyslot {index} specified, must be between 0 and {luks1.SLOTS - 1}")
+def _check_kdf(edit: KeyslotEdit) -> None:
+    for name, value in (("pbkdf-memory", edit.pbkdf_memory), ("pbkdf-parallel", edit.pbkdf_parallel)):
+        if value is not None:
+            raise CommandError(f"Parameter '{name}' needs LUKS version 2")
+    if edit.pbkdf not in (None, "pbkdf2"):
+        raise CommandError(f"Parameter 'pbkdf' must be 'pbkdf2' in LUKS version 1, not '{edit.pbkdf}'")
 
 
 async def _add(
-    target: HeaderIO,
-    volume: Luks1Volume,
-    edit: KeyslotEdit,
-    passphrase: Passphrase,
-    unlock_with: str | None,
-    *,
-    force: bool,
+    target: HeaderIO, volume: Luks1Volume, edit: KeyslotEdit, passphrase: Passphrase, unlock_with: str, *, force: bool
 ) -> None:
+    """Add a passphrase; with state changed, erase the slots it replaces afterwards."""
     header = volume.header
-    if edit.new_secret is None:
-        raise CommandError("'new-secret' is required to activate a keyslot")
-    if edit.old_secret is not None:
-        raise CommandError("'old-secret' must not be given when activating keyslots")
-    index = edit.keyslot
+    _check_kdf(edit)
+    index = edit.keyslot if edit.state == "active" else None
+    active = [i for i, slot in enumerate(header.slots) if slot.enabled]
     if index is not None:
-        _check_index(index)
         if header.slots[index].enabled and not force:
             raise CommandError(f"Refusing to overwrite active keyslot {index} - please erase it first")
     else:
         index = next((i for i, slot in enumerate(header.slots) if not slot.enabled), None)
         if index is None:
             raise CommandError("Can't add a keyslot - all keyslots are in use")
-    if unlock_with is None:
-        raise CommandError("Parameter 'key-secret' is required for cipher")
     with passphrase(unlock_with) as current:
         unlocked = await volume.unlock(target, current)
+    assert edit.new_secret is not None
     try:
+        replaced = await _chosen(target, volume, edit, passphrase, force=force) if edit.state == "changed" else []
         with passphrase(edit.new_secret) as new:
-            await _fill(target, header, index, unlocked.key, new, edit.iter_time)
+            filled, material = await _make(header, index, unlocked.key, new, edit)
+            spare = None
+            if active == [index]:  # which would be the only way in: the new one goes elsewhere first
+                spare = (index + 1) % luks1.SLOTS
+                copied = replace(filled.slots[index], material_sector=header.slots[spare].material_sector)
+                await place_slot(target, header.with_slot(spare, copied), spare, material, new)
+            await place_slot(target, filled, index, material, new)
+            if spare is not None:
+                await wipe_slot(target, header, spare)
     finally:
         unlocked.wipe()
+    for slot in replaced:
+        await wipe_slot(target, header, slot)
 
 
-async def _fill(
-    target: HeaderIO,
-    header: luks1.Luks1Header,
-    index: int,
-    key: bytearray,
-    new: SecretBytes,
-    iter_time: int | None,
-) -> None:
-    milliseconds = DEFAULT_ITER_TIME_MS if iter_time is None else iter_time
+async def _make(
+    header: luks1.Luks1Header, index: int, key: bytearray, new: SecretBytes, edit: KeyslotEdit
+) -> tuple[luks1.Luks1Header, bytearray]:
     digest_size(header.hash)
+    milliseconds = DEFAULT_ITER_TIME_MS if edit.iter_time is None else edit.iter_time
+    if edit.iterations is not None:
+        check_pbkdf2_iterations(edit.iterations, "The new key slot")
 
     def work() -> tuple[luks1.Luks1Header, bytearray]:
-        rounds = max(iterations_for(header.hash, len(key), milliseconds), MIN_ITERATIONS)
-        return fill_slot(header, index, key, new, rounds)
+        rounds = edit.iterations
+        if rounds is None:
+            rounds = iterations_for(header.hash, len(key), milliseconds)
+        return fill_slot(header, index, key, new, max(rounds, MIN_ITERATIONS))
 
-    filled, material = await derive(work)
-    slot = filled.slots[index]
+    return await derive(work)
+
+
+async def place_slot(
+    target: HeaderIO, header: luks1.Luks1Header, index: int, material: bytes | bytearray, new: SecretBytes | None
+) -> None:
+    """Write slot `index` of `header`, which is enabled there, and its material; it counts at the very end.
+
+    new   opens the slot, which is tried before it counts; None if nobody knows it
+    Raises CommandError if the slot does not open, OSError; it is then unused.
+    """
+    slot = header.slots[index]
+    await _write_state(target, index, luks1.DISABLED)
+    await target.flush()
     await target.pwrite(slot.material_offset, material)
     await target.flush()
     await _write_entry(target, index, replace(slot, active=luks1.DISABLED))
     await target.flush()
-    length = align_up(header.material_length, SECTOR)
-    stored = await read_padded(target, slot.material_offset, length)
-    found = await derive(lambda: open_slot(filled, slot, stored, new))
-    if found is None:
-        raise CommandError(f"Keyslot {index} does not open after it was written; it stays unused")
-    found[:] = bytes(len(found))
+    if new is not None:
+        stored = await read_padded(target, slot.material_offset, align_up(header.material_length, SECTOR))
+        found = await derive(lambda: open_slot(header, slot, stored, new))
+        if found is None:
+            raise CommandError(f"Keyslot {index} does not open after it was written; it stays unused")
+        found[:] = bytes(len(found))
     await _write_state(target, index, luks1.ENABLED)
     await target.flush()
 
@@ -139,56 +149,23 @@ async def _write_state(target: HeaderIO, index: int, active: int) -> None:
     await target.pwrite(luks1.Phdr.SIZE + index * luks1.Keyslot.SIZE, active.to_bytes(4, "big"))
 
 
-async def _erase(
+async def _chosen(
     target: HeaderIO, volume: Luks1Volume, edit: KeyslotEdit, passphrase: Passphrase, *, force: bool
-) -> None:
-    if edit.new_secret is not None:
-        raise CommandError("'new-secret' must not be given when erasing keyslots")
-    if edit.iter_time is not None:
-        raise CommandError("'iter-time' must not be given when erasing keyslots")
-    active = [index for index, slot in enumerate(volume.header.slots) if slot.enabled]
-    if edit.keyslot is not None:
-        chosen = await _chosen_slot(target, volume, edit, active, passphrase, force=force)
-    elif edit.old_secret is not None:
-        with passphrase(edit.old_secret) as old:
-            chosen = [index for index in active if await _opens(target, volume, index, old)]
-        if not chosen:
-            raise CommandError("No keyslots match given (old) password for erase operation")
-        if chosen == active and not force:
-            raise CommandError(
-                "All the active keyslots match the (old) password that was given and erasing them will erase all "
-                "the data in the image irreversibly - refusing operation"
-            )
-    else:
-        raise CommandError(
-            "To erase keyslot(s), either explicit keyslot index or the password currently contained in them "
-            "must be given"
-        )
-    for index in chosen:
-        await _wipe(target, volume.header, index)
-
-
-async def _chosen_slot(
-    target: HeaderIO, volume: Luks1Volume, edit: KeyslotEdit, active: list[int], passphrase: Passphrase, *, force: bool
 ) -> list[int]:
-    index = edit.keyslot
-    assert index is not None
-    _check_index(index)
+    """Return the slots that are erased or replaced. Raises CommandError."""
+    active = [index for index, slot in enumerate(volume.header.slots) if slot.enabled]
+    matching: list[int] = []
     if edit.old_secret is not None:
         with passphrase(edit.old_secret) as old:
-            if index not in active or not await _opens(target, volume, index, old):
-                raise CommandError(f"Given keyslot {index} doesn't contain the given old password for erase operation")
-    if index not in active and not force:
-        raise CommandError(f"Given keyslot {index} is already erased (inactive) ")
-    if active == [index] and not force:
-        raise CommandError(
-            f"Attempt to erase the only active keyslot {index} which will erase all the data in the image "
-            "irreversibly - refusing operation"
-        )
-    return [index]
+            for index in active if edit.keyslot is None else [edit.keyslot]:
+                if index in active and await _opens(target, volume, index, old):
+                    matching.append(index)
+    return choose_slots(edit, active, active, matching, force=force)
 
 
 async def _opens(target: HeaderIO, volume: Luks1Volume, index: int, passphrase: SecretBytes) -> bool:
+    check_pbkdf2_iterations(volume.header.slots[index].iterations, f"Keyslot {index}")
+    check_pbkdf2_iterations(volume.header.phdr.mk_digest_iterations, "The volume key digest")
     key = await volume.try_slot(target, index, passphrase)
     if key is None:
         return False
@@ -196,7 +173,8 @@ async def _opens(target: HeaderIO, volume: Luks1Volume, index: int, passphrase: 
     return True
 
 
-async def _wipe(target: HeaderIO, header: luks1.Luks1Header, index: int) -> None:
+async def wipe_slot(target: HeaderIO, header: luks1.Luks1Header, index: int) -> None:
+    """Erase slot `index`: it stops to count, then its material is overwritten. Raises OSError."""
     slot = header.slots[index]
     await _write_state(target, index, luks1.DISABLED)
     await target.flush()

@@ -87,8 +87,11 @@ class Luks2Volume:
 
     version = 2
 
-    def __init__(self, found: luks2.Found) -> None:
-        """Check what the volume needs of us. Raises CommandError for volumes that are valid but not ours to open."""
+    def __init__(self, found: luks2.Found, key_length: int | None = None) -> None:
+        """Check what the volume needs of us. Raises CommandError for volumes that are valid but not ours to open.
+
+        key_length   bytes of the volume key, where that is known even if no slot is left to tell
+        """
         self.copy, self.problem = found.copy, found.problem
         metadata = self.metadata = found.copy.metadata
         self.journal = journal_of(metadata)
@@ -96,8 +99,8 @@ class Luks2Volume:
         self.digest = _digest_of(metadata, self.segment)
         digest_size(self.digest.hash)
         slots = [slot for slot in metadata.keyslots.values() if slot.id in self.digest.keyslots]
-        lengths = {slot.key_size for slot in slots}
-        if len(lengths) != 1:
+        lengths = {slot.key_size for slot in slots} or {key_length or 0}
+        if len(lengths) != 1 or 0 in lengths:
             raise CommandError("No usable keyslot: the volume key has no single length")
         self.spec = parse_encryption(self.segment.encryption, lengths.pop(), self.segment.sector_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -40,6 +41,16 @@ class SharedHeader:
         """Read the header anew, between changes; see `read_header`. Raises CommandError, ImageError, OSError."""
         async with self.lock:
             return await read_header(source, detached=detached, image=image)
+
+    async def change(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work`, which changes the header; then every luks node on it reads it again."""
+        async with self.lock:
+            try:
+                await work()
+            finally:
+                self.generation += 1
+                for node in list(self.nodes):
+                    await node.header_changed()
 
 
 _shared: WeakKeyDictionary[BlockNode, SharedHeader] = WeakKeyDictionary()

@@ -33,8 +33,11 @@ REFERENCE = (
 )  # fmt: skip
 """Those that the reference can change."""
 
-LUKS = ("state", "new-secret", "old-secret", "keyslot", "iter-time")
-"""Options of luks."""
+LUKS = (
+    "state", "new-secret", "old-secret", "keyslot", "iter-time", "iterations", "pbkdf", "pbkdf-memory",
+    "pbkdf-parallel", "backup",
+)  # fmt: skip
+"""Options of luks: the reference's, and ours from iterations on."""
 
 _SAME = {"backing_file": "backing_file", "backing_fmt": "backing_format"}
 
@@ -102,11 +105,11 @@ def _help(shop: Workshop, image_format: str) -> None:
 
 
 def _luks_options(shop: Workshop, given: dict[str, str]) -> dict[str, Any]:
-    """Return BlockdevAmendOptionsLUKS as it was written on the command line. Raises QmpdError."""
+    """Return LuksAmendOptions as it was written on the command line. Raises QmpdError."""
     for name in given:
         if name not in LUKS:
             raise CommandError(f"Invalid parameter '{name}'")
-    members: dict[str, Any] = validate(shop.schema, "BlockdevAmendOptionsLUKS", given, keyval=True)
+    members: dict[str, Any] = validate(shop.schema, "LuksAmendOptions", given, keyval=True)
     return members
 
 
