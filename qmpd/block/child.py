@@ -70,7 +70,16 @@ class Child:
 
     async def flush(self) -> None:
         """Make everything written so far durable. Raises OSError."""
+        if self.role & ChildRole.PRIMARY and self.name != "root":
+            self.node.debug_event("flush_to_disk")
+        primary = self.node.primary()
+        if primary is not None:
+            primary.node.debug_event("flush_to_os")
         await self.node.flush()
+
+    def debug_event(self, event: str) -> None:
+        """Tell the node, in case it injects errors, what its parent is about to do (BlkdebugEvent)."""
+        self.node.debug_event(event)
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         """Return the extents that make up the range, in order. Raises OSError."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from qmpd.block.node import BlockNode
@@ -14,6 +15,9 @@ from qmpd.errors import CommandError
 
 MAX_NODE_NAME = 31
 """Bytes in a node name (the reference's field has 32 with its terminator)."""
+
+MAX_FILENAME = 4095
+"""Bytes in a plain file name that a driver puts together (PATH_MAX)."""
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*\Z")
 
@@ -26,7 +30,12 @@ def check_node_name(name: str) -> None:
 
 def full_options(node: BlockNode) -> dict[str, Any]:
     """Return the options that would open this node's tree again, without names and cache."""
-    options: dict[str, Any] = {name: node.given[name] for name in node.strong_options if name in node.given}
+    options: dict[str, Any] = {}
+    for name in node.strong_options:
+        if name.endswith("."):
+            _flatten(name, node.given.get(name[:-1]), options)
+        elif name in node.given:
+            options[name] = node.given[name]
     for child in node.children.values():
         if child.name != "backing" or node.backing_overridden:
             options[child.name] = full_options(child.node)
@@ -36,6 +45,19 @@ def full_options(node: BlockNode) -> dict[str, Any]:
     return options
 
 
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    """Put the members of a list or a dictionary into `into`, with dotted names."""
+    if isinstance(value, Mapping):
+        items = [(name, value[name]) for name in value]
+    else:
+        items = [(str(at), one) for at, one in enumerate(value or ())]
+    for name, one in items:
+        if isinstance(one, Mapping | list | tuple):
+            _flatten(f"{prefix}{name}.", one, into)
+        else:
+            into[prefix + name] = one
+
+
 def exact_filename(node: BlockNode) -> str:
     """Return the plain name that opens this node, "" if options are needed to say it."""
     own = node.exact_filename()
@@ -43,7 +65,9 @@ def exact_filename(node: BlockNode) -> str:
         return own
     primary = node.primary()
     overridden = node.backing_overridden or any(name in node.given for name in node.strong_options)
-    if primary is None or overridden or node.is_filter or not primary.node.is_protocol:
+    if primary is None or overridden or node.is_filter:
+        return ""
+    if not (primary.node.is_protocol or primary.node.has_protocol_name):
         return ""
     return exact_filename(primary.node)
 

@@ -68,7 +68,9 @@ class BlockNode:
     is_filter        True if it shows its `file` child's data unchanged
     is_protocol      True if it has no child and talks to something outside (file, nbd)
     strong_options   option names (wire) that change what is seen, in the reference's order; with
-                     one of them given, the node's file name becomes a json: one
+                     one of them given, the node's file name becomes a json: one; a name with a dot
+                     at its end stands for a list or a dictionary, whose members get dotted names
+    has_protocol_name True if a file name may begin with the driver's name, as blkdebug:CONFIG:FILE
     opens_writing    True if opening a writable node needs a writable file at once (qcow2)
 
     Set by the graph before `open`: name, graph, node_options, given, read_only, children
@@ -86,6 +88,7 @@ class BlockNode:
     strong_options: ClassVar[Sequence[str]] = ()
     locked: bool = True
     opens_writing: ClassVar[bool] = False
+    has_protocol_name: ClassVar[bool] = False
 
     def __init__(self, graph: Graph, name: str, node_options: NodeOptions, given: Mapping[str, Any]) -> None:
         """Make an unopened node.
@@ -188,6 +191,19 @@ class BlockNode:
         """
         return (Extent(offset, length, data=True, zero=False),)
 
+    async def snapshot_preadv(self, batch: Batch) -> None:
+        """Read what the node held when it began to copy before writes; see `preadv`. Raises OSError(ENOTSUP)
+        if the node keeps nothing."""
+        raise OSError(errno.ENOTSUP, "no snapshot to read")
+
+    async def snapshot_status(self, offset: int, length: int) -> Sequence[Extent]:
+        """Say what lies where for `snapshot_preadv`; see `block_status`. Raises OSError."""
+        raise OSError(errno.ENOTSUP, "no snapshot to read")
+
+    async def snapshot_discard(self, offset: int, length: int) -> None:
+        """Give up a part of what `snapshot_preadv` reads. Raises OSError."""
+        raise OSError(errno.ENOTSUP, "no snapshot to discard from")
+
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Change the size in bytes. Raises OSError(ENOTSUP) or CommandError.
 
@@ -224,6 +240,9 @@ class BlockNode:
 
     async def remove_stored_bitmap(self, name: str) -> None:
         """Take a persistent bitmap out of the image, if it is there. Raises CommandError."""
+
+    def debug_event(self, event: str) -> None:
+        """Hear what the node above is about to do, a BlkdebugEvent; only fault injection listens."""
 
     def drained_begin(self) -> None:
         """(Parent) Called when a node below is to become quiet; passed upwards by the graph."""

@@ -228,6 +228,10 @@ async def _modify(node: BlockNode, requests: list[Request], alignment: int) -> l
             edges.append(bounce.part(start, 0, alignment))
         if end != request.end and (end - alignment != start or start == request.offset):
             edges.append(bounce.part(end - alignment, end - alignment - start, alignment))
+        if start != request.offset:
+            node.debug_event("pwritev_rmw_head")
+        if end != request.end:
+            node.debug_event("pwritev_rmw_tail")
     await node.preadv(edges)
     ready = []
     for request, bounce in zip(requests, wide, strict=True):

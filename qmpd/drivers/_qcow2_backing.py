@@ -38,6 +38,7 @@ async def change_backing(image: Image, name: bytes, image_format: bytes) -> None
 
 async def make_empty(image: Image, size: int) -> None:
     """Give up every cluster of the guest disk: it then shows the backing file, or zeroes. Raises OSError."""
+    image.file.debug_event("empty_image_prepare")
     await _change(image, 0, align_up(size, image.cluster_size), _forget, make_tables=False)
 
 

@@ -65,6 +65,15 @@ INLINE_ZEROES = 64 * KiB
 """A table up to this size is zeroed by writing; larger ones by the file's zero write."""
 
 
+_WRITE_EVENTS = {
+    "active-l1": "l1_update",
+    "active-l2": "l2_update",
+    "refcount-block": "refblock_update_part",
+    "refcount-table": "refblock_alloc_hookup",
+}
+"""What a fault-injecting file is told before tables are written."""
+
+
 class Corruption(Exception):
     """The image breaks its format; raised where nothing can be awaited, reported by `fail`."""
 
@@ -128,6 +137,7 @@ class Image:
         header = self.header
         self.l1 = await self.read_table(header.l1_table_offset, header.l1_size)
         entries = header.refcount_table_clusters * header.cluster_size // ENTRY_SIZE
+        self.file.debug_event("reftable_load")
         table = await self.read_table(header.refcount_table_offset, entries)
         if self.writable:
             table.extend(zero_entries(entries - len(table)))
@@ -181,6 +191,7 @@ class Image:
         if not inside:
             return
         try:
+            self.file.debug_event("read_aio")
             await self.file.preadv(inside)
         except OSError as error:
             inside.fail(error.errno or errno.EIO)
@@ -206,7 +217,7 @@ class Image:
             self.header.incompatible = bits
 
     async def outdate_bitmaps(self) -> None:
-        """Mark the persistent bitmaps as in use: nobody tracks the change that comes now.
+        """Mark the persistent bitmaps as in use: what is stored of them is not right from now on.
 
         Durable on return. Who reads the image later knows by the mark that they miss something.
         Raises OSError.
@@ -219,7 +230,6 @@ class Image:
                 flags = struct.pack(">I", bitmap.flags | BITMAP_IN_USE)
                 await self.file.pwrite(place.directory_offset + bitmap.at + FLAGS_OFFSET, flags)
             await self.file.flush()
-            log.warning("qcow2: persistent bitmaps are not kept up to date; they are marked as in use")
             self.bitmaps = [replace(bitmap, flags=bitmap.flags | BITMAP_IN_USE) for bitmap in self.bitmaps]
             self.bitmaps_fresh = False
 
@@ -249,6 +259,7 @@ class Image:
 
     def free(self, first: int, count: int, reason: str) -> None:
         """Give up one reference to `count` host clusters; nothing in memory refers to them any more."""
+        self.file.debug_event("cluster_free")
         self._pending.append(Freed(self._generation, first, count, reason))
 
     # --- writing metadata -------------------------------------------------------------------
@@ -350,6 +361,7 @@ class Image:
         for offset, data in parts:
             await self.check_overlap(offset, len(data), kind)
             batch.append(Request(offset, memoryview(data)))
+        self.file.debug_event(_WRITE_EVENTS[kind])
         await self.file.pwritev(batch)
         batch.raise_first()
 

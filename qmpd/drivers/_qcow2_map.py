@@ -58,6 +58,7 @@ async def find_slice(image: Image, offset: int) -> Place | None:
     slice_offset = entry + (index >> image.slice_bits) * image.l2.length
     found = image.l2.get(slice_offset)
     if found is None:
+        image.file.debug_event("l2_load")
         found = await image.l2.load(slice_offset)
         if image.l1[l1_index] & OFFSET_MASK != entry:
             return await find_slice(image, offset)

@@ -63,6 +63,7 @@ async def read_batch(image: Image, batch: Batch, backing: Child | None) -> None:
             await image.read_file(stored)
         if below:
             assert backing is not None
+            image.file.debug_event("read_backing_aio")
             await read_backing(backing, below)
         if packed:
             await _read_compressed(image, packed)
@@ -108,6 +109,7 @@ async def read_compressed(image: Image, entry: int) -> bytes:
     offset, length = compressed_extent(entry, image.cluster_bits)
     if offset >= image.file.size:
         raise OSError(errno.EIO, "compressed cluster lies after the end of the file")
+    image.file.debug_event("read_compressed")
     data = await image.read_metadata(offset, length)
     try:
         return decompress(image.header.compression_type, data, image.cluster_size)

@@ -78,7 +78,10 @@ class Refcounts:
             )
             raise OSError(errno.EIO, "refcount block is not aligned")
         within = (cluster & (1 << self.block_bits) - 1) // self.per_slice
-        return await self.cache.load(block + within * self.cache.length)
+        offset = block + within * self.cache.length
+        if self.cache.get(offset) is None:
+            self.image.file.debug_event("refblock_load")
+        return await self.cache.load(offset)
 
     async def get(self, cluster: int) -> int:
         """Return the refcount of a host cluster (its number). Raises OSError."""
@@ -165,6 +168,7 @@ class Refcounts:
 
         On an error nothing stays taken.
         """
+        self.image.file.debug_event("cluster_alloc")
         runs: list[tuple[int, int]] = []
         try:
             while count:

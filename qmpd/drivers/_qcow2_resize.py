@@ -35,8 +35,6 @@ async def resize(image: Image, size: int, old: int, backing: Child | None, preal
         raise CommandError("The new size must be a multiple of 512")
     if header.nb_snapshots and header.version < 3:
         raise CommandError("Can't resize a v2 image which has snapshots")
-    if image.bitmaps:
-        raise CommandError("Cannot resize qcow2 with persistent bitmaps that were not loaded into memory")
     if preallocation != "off":
         if size < old:
             raise CommandError("Preallocation can't be used for shrinking an image")
@@ -82,14 +80,17 @@ async def _grow_l1(image: Image, entries: int) -> None:
         await image.before_change()
         await image.flush()
         clusters = length >> image.cluster_bits
+        image.file.debug_event("l1_grow_alloc_table")
         first = await image.refcounts.allocate_run(clusters, "L1 table")
         offset = first << image.cluster_bits
         try:
             await image.check_overlap(offset, length)
             table = zero_entries(length // ENTRY_SIZE)
             table[: len(image.l1)] = image.l1
+            image.file.debug_event("l1_grow_write_table")
             await image.file.pwrite(offset, pack_entries(table))
             await image.flush()
+            image.file.debug_event("l1_grow_activate_table")
             await image.write_header_field(L1_OFFSET, struct.pack(">IQ", entries, offset))
         except BaseException:
             if not image.dead:

@@ -193,6 +193,7 @@ async def _write_file(image: Image, batch: Batch) -> None:
         checked.fail(errno.ENOMEDIUM)
         return
     try:
+        image.file.debug_event("write_aio")
         if image.encryption is None:
             await image.file.pwritev(checked)
         else:
@@ -316,6 +317,8 @@ async def _read_around(image: Image, plans: list[Plan], backing: Child | None, s
                 part.offset = plan.guest + start
                 below.append(part)
             owners.append((part, plan))
+    if stored or below:
+        image.file.debug_event("cow_read")
     if stored:
         await image.read_file(stored)
     if below:
@@ -435,8 +438,10 @@ async def _own_table(image: Image, index: int, old: int) -> None:
     offset = cluster << image.cluster_bits
     try:
         await image.check_overlap(offset, image.cluster_size)
+        image.file.debug_event("l2_alloc_write")
         await image.zero_cluster(offset)
         if old:
+            image.file.debug_event("l2_alloc_cow_read")
             await image.file.pwrite(offset, await image.read_metadata(old, image.cluster_size))
     except BaseException:
         if not image.dead:

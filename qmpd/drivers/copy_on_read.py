@@ -101,6 +101,7 @@ class CopyOnReadNode(FilterNode):
                 copy = Batch.single(at, memoryview(bytearray(length)))
                 await self.file.preadv(copy)
                 if not copy[0].error:
+                    self.file.debug_event("cor_write")
                     await self.file.pwritev(copy, WriteFlags.UNCHANGED)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:

@@ -80,6 +80,7 @@ class RawNode(BlockNode):
         shifted = batch.shifted(self.start)
         if self.start % SECTOR and any(request.end > self.file.size for request in shifted):
             shifted = Batch(self._within(request) for request in shifted)
+        self.file.debug_event("read_aio")
         await self.file.preadv(shifted)
 
     def _within(self, request: Request) -> Request:
@@ -91,6 +92,7 @@ class RawNode(BlockNode):
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write to the child."""
+        self.file.debug_event("write_aio")
         await self.file.pwritev(batch.shifted(self.start), flags)
         self._follow()
 
