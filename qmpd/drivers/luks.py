@@ -8,34 +8,37 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from qmpd.aio.pool import BufferPool
-from qmpd.block.batch import Batch, Request, WriteFlags
+from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
+from qmpd.block.exclusive import alone
 from qmpd.block.node import BlockNode
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.secretbytes import SecretBytes
-from qmpd.errors import CommandError
+from qmpd.errors import CommandError, ImageError
 from qmpd.luks.detect import read_header
+from qmpd.luks.encrypt import Encryption, drop_journal, journal_key
 from qmpd.luks.keys import KeyslotEdit, edit_keyslots
+from qmpd.luks.luks2 import Luks2Volume
+from qmpd.luks.payload import POOL_CAP, write_encrypted
 from qmpd.luks.shared import SharedHeader, header_of
+from qmpd.luks.update2 import update_header
 from qmpd.luks.volume import Volume
 from qmpd.luks.work import transform
 from qmpd.qapi.registry import driver
-from qmpd.units import SECTOR, MiB
+from qmpd.units import SECTOR
 
 _log = logging.getLogger(__name__)
 
-WRITE_CHUNK = 1 * MiB
-"""Bytes that are encrypted before they are handed down together."""
-
-POOL_CAP = 8 * MiB
-"""Bytes of idle bounce buffers a node keeps."""
+HeaderWork = Callable[[Child], Awaitable[None]]
+"""Does something to a header through its edge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class LuksNode(BlockNode):
         self.file = options.file
         self.request_alignment = 512
         self._crypto: BlockCrypto | None = None
+        self.encryption: Encryption | None = None
         self._passphrase: SecretBytes | None = None
         self._source = options.header or options.file
         self._shared: SharedHeader = header_of(self._source.node)
@@ -74,6 +78,8 @@ class LuksNode(BlockNode):
             self.volume: Volume = await self._shared.read(
                 self._source, detached=options.header is not None, image=self._source.node.name
             )
+            if passphrase is not None and self.volume.journal is not None and self._shared.admitted != self.name:
+                raise CommandError("The volume is being encrypted in place: it opens for the job blockdev-encrypt only")
         except BaseException:
             if passphrase is not None:
                 passphrase.wipe()
@@ -101,8 +107,13 @@ class LuksNode(BlockNode):
             self._passphrase.wipe()
         try:
             self._crypto = BlockCrypto(self.volume.spec, unlocked.key, first=self.volume.first_sector)
+            if self.volume.journal is not None and isinstance(self.volume, Luks2Volume):
+                key = journal_key(unlocked.key, self.volume.copy.uuid)
+                self.encryption = Encryption(self._source, self.file, self._crypto, self.volume.journal, key)
         finally:
             unlocked.wipe()
+        if self.encryption is not None:
+            await self.encryption.load()
         self._refresh_size()
 
     def _refresh_size(self) -> None:
@@ -125,6 +136,8 @@ class LuksNode(BlockNode):
         if self._crypto is not None:
             self._crypto.wipe()
             self._crypto = None
+        if self.encryption is not None:
+            self.encryption.wipe()
         self._shared.users -= 1
         self._shared.nodes.discard(self)
 
@@ -135,40 +148,59 @@ class LuksNode(BlockNode):
 
         Runs on the loop of the monitor. Raises CommandError, OSError.
         """
-        if self.volume.version != 1:
-            raise CommandError("Key slots can only be changed in LUKS version 1")
+        if self.encryption is not None:
+            raise CommandError("Key slots cannot be changed while the volume is being encrypted in place")
+        edit = KeyslotEdit(**{name.replace("-", "_"): value for name, value in options.items()})
+
+        async def work(header: Child) -> None:
+            secrets, detached = self.graph.objects.passphrase, self._detached
+            await edit_keyslots(header, edit, secrets, self._key_secret, detached=detached, force=force)
+
+        await self.change_header(work)
+
+    async def change_header(self, work: HeaderWork) -> None:
+        """Run `work` on the header, which nobody else writes to meanwhile; all its users read it anew.
+
+        Runs on the loop of the monitor, `work` on that of the data. Raises CommandError, OSError.
+        """
         if self._amending:
             raise CommandError("Another job changes the key slots of this volume")
-        edit = KeyslotEdit(**{name.replace("-", "_"): value for name, value in options.items()})
         self._amending = True
         try:
-            with self.graph.change() as tran:
-                tran.touch(self)
-            await self.graph.runner.run(self._edit(edit, force=force))
+            async with alone(self.graph, self._source.node, [self], flock=self.volume.version == 2):
+                await self.graph.runner.run(self._shared.change(partial(work, self._source)))
         finally:
             self._amending = False
             with self.graph.change() as tran:
                 tran.touch(self)
 
-    async def _edit(self, edit: KeyslotEdit, *, force: bool) -> None:
-        async with self._shared.lock:
-            try:
-                await edit_keyslots(
-                    self._source,
-                    edit,
-                    self.graph.objects.passphrase,
-                    self._key_secret,
-                    detached=self._detached,
-                    force=force,
-                )
-            finally:
-                self._shared.generation += 1
-                for node in list(self._shared.nodes):
-                    await node.header_changed()
-
     async def header_changed(self) -> None:
-        """Read the header again, after key slots were changed through this node or another one."""
-        self.volume = await read_header(self._source, detached=self._detached, image=self._source.node.name)
+        """Read the header again, after it was changed through this node or another one."""
+        try:
+            self.volume = await read_header(
+                self._source,
+                detached=self._detached,
+                image=self._source.node.name,
+                key_length=self.volume.spec.key_length,
+            )
+        except (CommandError, ImageError, OSError) as error:
+            _log.warning("%s: the header cannot be read any more: %s", self._source.node.name, error)
+
+    # --- encryption in place ----------------------------------------------------------------------
+
+    async def finish_encryption(self) -> None:
+        """Make a volume that is all ciphertext a plain one; see `EncryptingNode`."""
+        encryption = self.encryption
+        assert encryption is not None
+        async with self._shared.lock:
+            await update_header(self._source, drop_journal, self._source.node.name)
+            self.encryption = None
+            await self.header_changed()
+        try:
+            await encryption.clear()
+        except OSError as error:
+            _log.warning("%s: the journal of a finished encryption stays: %s", self._source.node.name, error)
+        encryption.wipe()
 
     # --- I/O --------------------------------------------------------------------------------------
 
@@ -180,6 +212,12 @@ class LuksNode(BlockNode):
 
     async def preadv(self, batch: Batch) -> None:
         """Read ciphertext into the caller's views and decrypt it there."""
+        if self.encryption is not None:
+            await self.encryption.serve(batch, self._read, self.file.preadv)
+        else:
+            await self._read(batch)
+
+    async def _read(self, batch: Batch) -> None:
         crypto = self.crypto
         await self.file.preadv(batch.shifted(self.volume.payload_offset))
         spans = crypto.in_place(batch)
@@ -187,32 +225,27 @@ class LuksNode(BlockNode):
             await transform(crypto.decrypt, spans)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
-        """Encrypt into bounce buffers, about WRITE_CHUNK at a time, and write those."""
-        for group in _chunks(batch):
-            buffer = self._buffers.take(group.total)
-            try:
-                spans = self.crypto.onto(group, buffer.view)
-                await transform(self.crypto.encrypt, spans)
-                offset = self.volume.payload_offset
-                lower = Batch(
-                    Request(request.offset + offset, memoryview(target), request)
-                    for request, (_, _, target) in zip(group, spans, strict=True)
-                )
-                await self._write_down(lower, flags)
-            finally:
-                buffer.release()
+        """Encrypt into bounce buffers and write those."""
+        if self.encryption is not None:
+            await self.encryption.serve(
+                batch, partial(self._write, flags=flags), partial(self.file.pwritev, flags=flags)
+            )
+        else:
+            await self._write(batch, flags)
+
+    async def _write(self, batch: Batch, flags: WriteFlags) -> None:
+        write = partial(self.file.pwritev, flags=flags)
+        await write_encrypted(self.crypto, self._buffers, batch, write, shift=self.volume.payload_offset)
         if self.volume.payload_length is None and self.file.size > self.size + self.volume.payload_offset:
             self._refresh_size()
 
-    async def _write_down(self, lower: Batch, flags: WriteFlags) -> None:
-        try:
-            await self.file.pwritev(lower, flags)
-        except OSError as error:
-            lower.fail(error.errno or errno.EIO)
-
     async def pdiscard(self, offset: int, length: int) -> None:
         """Discard the ciphertext; what is read there afterwards is undefined until rewritten."""
-        await self.file.pdiscard(offset + self.volume.payload_offset, length)
+        lower = offset + self.volume.payload_offset
+        if self.encryption is not None:
+            await self.encryption.quiet(lower, length, partial(self.file.pdiscard, lower, length))
+        else:
+            await self.file.pdiscard(lower, length)
 
     async def flush(self) -> None:
         """Flush the payload; the header is not written to."""
@@ -220,6 +253,8 @@ class LuksNode(BlockNode):
 
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Resize the payload."""
+        if self.encryption is not None:
+            raise CommandError("Cannot resize a volume that is being encrypted in place")
         if size > (1 << 63) - 1 - self.volume.payload_offset:
             raise OSError(errno.EFBIG, "The requested file size is too large")
         if self.volume.payload_length is not None:
@@ -235,11 +270,17 @@ class LuksNode(BlockNode):
     def child_perm(self, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """Treat the payload like a filter's child; a header is only read, and shared with everybody.
 
+        During an encryption in place both are written to, and the payload, half of it plaintext, is for nobody else.
         The reference passes write through to the header as well; see docs/differences.md.
         """
         own = Perm.CONSISTENT_READ
         if getattr(self, "_amending", False) and self.children[name] is self._source:
             own |= Perm.WRITE
+        if getattr(self, "encryption", None) is not None:
+            lets = Perm.ALL & ~(Perm.WRITE | Perm.RESIZE)
+            if name == "header":
+                return own | Perm.WRITE, lets
+            return perm | own | Perm.WRITE, shared & lets & ~Perm.CONSISTENT_READ
         if name == "header":
             return own, Perm.ALL
         return perm | own, shared
@@ -257,25 +298,3 @@ class LuksNode(BlockNode):
             info["dirty-flag"] = False
         info["format-specific"] = {"type": "luks", "data": self.volume.info()}
         return info
-
-
-def _chunks(batch: Batch) -> list[Batch]:
-    """Cut a batch into parts of at most WRITE_CHUNK bytes; a cut request becomes several."""
-    if batch.total <= WRITE_CHUNK:
-        return [batch]
-    groups: list[Batch] = []
-    current, room = Batch(), WRITE_CHUNK
-    for request in batch:
-        at, length = 0, len(request.view)
-        while at < length:
-            now = min(room, length - at)
-            whole = now == length
-            current.append(request if whole else request.part(request.offset + at, at, now))
-            at += now
-            room -= now
-            if not room:
-                groups.append(current)
-                current, room = Batch(), WRITE_CHUNK
-    if current:
-        groups.append(current)
-    return groups
