@@ -17,7 +17,7 @@ help:
 	@echo 'make demo    watch the detached-header hotplug sequence run against a live daemon'
 	@echo 'make test    the whole gate: style, types, layers, schema, docs, tests'
 	@echo 'make lint    the first part of the gate: style and types'
-	@echo 'make docs    write docs/qmp-reference.md anew from qapi/'
+	@echo 'make docs    write docs/qmp-reference.md, man pages and completions anew'
 	@echo 'make proof   the long checks at their full count; writes proof/NAME.json'
 	@echo 'make clean   remove what the others made'
 
@@ -39,10 +39,12 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m qmpd.qapi.doc --check
+	$(BIN)/python -m qmpd.manual --check
 	$(PYTEST) -n $(JOBS) --dist worksteal -q
 
 docs: $(STAMP)
 	$(BIN)/python -m qmpd.qapi.doc
+	$(BIN)/python -m qmpd.manual
 
 proof: $(STAMP)
 	QMPD_PROOF=full $(PYTEST) -m proof -n $(JOBS) --dist worksteal -q --timeout 3600

@@ -43,6 +43,7 @@ RANKS = {
     "monitor": 50,
     "daemon": 60,
     "cli": 60,
+    "manual": 61,
     "__main__": 61,
 }
 SAME_LAYER = {("formats", "crypto")}
