@@ -35,7 +35,7 @@ def main(words: list[str]) -> int:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
     if stale and "--check" in words:
-        print(f"not what --help says: {', '.join(stale)}; write them anew: python -m qmpd.manual", file=sys.stderr)
+        sys.stderr.write(f"not what --help says: {', '.join(stale)}; write them anew: python -m qmpd.manual\n")
         return 1
     return 0
 
