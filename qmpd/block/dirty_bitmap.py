@@ -257,7 +257,8 @@ class DirtyBitmap:
                 chunk[within : within + step] = data[at : at + step]
                 self._put(number, chunk, old)
                 at += step
-            self._cut()
+            if (first + at) * 8 > self.bits:
+                self._cut()
 
     def _put(self, number: int, chunk: bytearray, old: bytes | bytearray | None) -> None:
         ones = _ones(chunk)
@@ -376,7 +377,7 @@ def add(node: BlockNode, name: str, granularity: int | None, *, persistent: bool
         raise CommandError("Bitmap name cannot be empty")
     if granularity is None:
         granularity = default_granularity(node)
-    elif granularity < MIN_GRANULARITY or granularity & granularity - 1:
+    elif not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY or granularity & granularity - 1:
         raise CommandError("Granularity must be power of 2 and at least 512")
     if persistent:
         node.check_storing_bitmap(name, granularity)
@@ -388,6 +389,7 @@ def add(node: BlockNode, name: str, granularity: int | None, *, persistent: bool
 
 def check_mergeable(target: DirtyBitmap, source: DirtyBitmap) -> None:
     """Refuse a merge that cannot be. Raises CommandError."""
+    target.check()
     source.check(readonly=True)
     if target.size != source.size:
         raise CommandError(

@@ -25,7 +25,6 @@ def merge_sources(
     ctx: Context, node: BlockNode, target: DirtyBitmap, bitmaps: list[str | dict[str, Any]]
 ) -> list[DirtyBitmap]:
     """Return the bitmaps to merge into `target` of `node`, all of them fit for it. Raises CommandError."""
-    target.check()
     sources = []
     for one in bitmaps:
         if isinstance(one, str):

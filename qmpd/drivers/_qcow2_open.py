@@ -144,7 +144,10 @@ async def read_bitmaps(image: Image) -> list[StoredBitmap]:
     there = min(place.directory_size, max(image.file.size - place.directory_offset, 0))
     if there < place.directory_size:
         raise CommandError("Broken bitmap directory")
-    return parse_bitmap_directory(await image.read_metadata(place.directory_offset, there), place.count)
+    found = parse_bitmap_directory(await image.read_metadata(place.directory_offset, there), place.count)
+    for one in found:
+        one.check(image.header.size, image.cluster_size)
+    return found
 
 
 async def clear_autoclear(image: Image) -> None:

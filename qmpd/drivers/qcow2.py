@@ -19,6 +19,13 @@ from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.drivers._qcow2_backing import change_backing, make_empty, set_lazy
+from qmpd.drivers._qcow2_bitmaps import (
+    check_resizable,
+    check_storing,
+    load_bitmaps,
+    remove_bitmap,
+    store_bitmaps,
+)
 from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_crypto import amend_encryption
 from qmpd.drivers._qcow2_image import Corruption, Image
@@ -67,6 +74,8 @@ class Qcow2Node(BlockNode):
         self.zero_alignment = header.cluster_size
         self.backing_file = header.backing_file.decode("utf-8", "surrogateescape") or None
         self.backing_format = header.backing_format.decode("utf-8", "surrogateescape") or None
+        if image.bitmaps and not check and OpenFlags.NO_IO not in self.graph.open_flags:
+            await load_bitmaps(image, self)
 
     def _take_secret(self, options: Qcow2Options) -> None:
         """Look up what opens an encrypted image, unless nothing will be read. Raises CommandError."""
@@ -130,6 +139,10 @@ class Qcow2Node(BlockNode):
 
     async def close(self) -> None:
         """Write what is in memory and mark the image clean."""
+        try:
+            await store_bitmaps(self.image, self)
+        except (OSError, CommandError) as error:
+            log.error("Lost persistent bitmaps during inactivation of node '%s': %s", self.name, error)
         try:
             await self.image.close()
         except OSError as error:
@@ -202,6 +215,7 @@ class Qcow2Node(BlockNode):
 
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Grow or shrink the guest disk; what is new reads as zeroes."""
+        check_resizable(self.image, self)
         self.size = await resize(self.image, size, self.size, self._backing(), preallocation)
 
     async def change_backing_file(self, name: str, image_format: str) -> None:
@@ -211,6 +225,14 @@ class Qcow2Node(BlockNode):
     async def set_lazy_refcounts(self, lazy: bool) -> None:
         """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
         await set_lazy(self.image, lazy)
+
+    def check_storing_bitmap(self, name: str, granularity: int) -> None:
+        """Refuse a bitmap for which the image has no place."""
+        check_storing(self.image, self, name, granularity)
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take a persistent bitmap out of the image."""
+        await remove_bitmap(self.image, name)
 
     async def make_empty(self) -> None:
         """Give up everything that this layer holds."""

@@ -166,6 +166,14 @@ class Header:
                     names.setdefault((feature, bit), text)
         return names
 
+    def place_bitmaps(self, place: BitmapsExtension | None) -> None:
+        """State where the bitmap directory lies now; None: there is none."""
+        self.bitmaps = place
+        kept = [(kind, data) for kind, data in self.extensions if kind != EXT_BITMAPS]
+        if place is not None:
+            kept.append((EXT_BITMAPS, _BITMAPS.pack(place.count, 0, place.directory_size, place.directory_offset)))
+        self.extensions = kept
+
     def pack(self) -> bytes:
         """Return header, extensions and backing file name as they are written to the first cluster.
 

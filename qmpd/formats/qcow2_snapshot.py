@@ -6,7 +6,7 @@ Source: docs/interop/qcow2.txt of QEMU, sections "Snapshots" and "Bitmaps".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import SNAPSHOT_HEADER_SIZE
@@ -20,6 +20,17 @@ MAX_TABLE = 64 << 20
 
 BITMAP_IN_USE = 1
 BITMAP_AUTO = 2
+BITMAP_KNOWN_FLAGS = BITMAP_IN_USE | BITMAP_AUTO
+BITMAP_DIRTY_TRACKING = 1
+"""The only type of bitmap there is."""
+
+BITMAP_ALL_ONES = 1
+BITMAP_ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00
+BITMAP_ENTRY_RESERVED = 0xFF00_0000_0000_01FE
+"""Bitmap table entries: no data, every bit set; the place of the data; bits that must be zero."""
+
+MAX_BITMAP_BYTES = 512 << 20
+"""Bytes of one bitmap's data at most (the reference's limit)."""
 
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _BITMAP = struct.Struct(">QIIBBHI")
@@ -93,6 +104,7 @@ class StoredBitmap:
     """An entry of the bitmap directory.
 
     at     byte offset of the entry in the directory     table_size  entries of its table
+    encoded  the name's bytes, as they are stored
     """
 
     at: int
@@ -101,6 +113,24 @@ class StoredBitmap:
     flags: int
     granularity_bits: int
     name: str
+    encoded: bytes
+    kind: int = BITMAP_DIRTY_TRACKING
+
+    def check(self, size: int, cluster_size: int) -> None:
+        """Check the entry's fields for an image with `size` bytes of disk. Raises CommandError."""
+        stored = self.table_size * cluster_size
+        sound = (
+            self.table_size > 0
+            and self.table_offset > 0
+            and self.table_offset % cluster_size == 0
+            and 9 <= self.granularity_bits <= 31
+            and not self.flags & ~BITMAP_KNOWN_FLAGS
+            and self.kind == BITMAP_DIRTY_TRACKING
+            and stored <= MAX_BITMAP_BYTES
+            and (bool(self.flags & BITMAP_IN_USE) or size <= stored * 8 << self.granularity_bits)
+        )
+        if not sound:
+            raise CommandError(f"Bitmap '{self.name}' doesn't satisfy the constraints")
 
     def to_qapi(self) -> dict[str, object]:
         """Return the Qcow2BitmapInfo of this bitmap."""
@@ -117,7 +147,7 @@ def parse_bitmap_directory(data: bytes | bytearray | memoryview, count: int) -> 
     found: list[StoredBitmap] = []
     at = 0
     while at + _BITMAP.size <= len(data):
-        table, size, flags, _kind, granularity, name_size, extra_size = _BITMAP.unpack_from(data, at)
+        table, size, flags, kind, granularity, name_size, extra_size = _BITMAP.unpack_from(data, at)
         length = align_up(_BITMAP.size + extra_size + name_size, 8)
         if at + length > len(data) or granularity > 31 or name_size == 0 or name_size > 1023:
             raise CommandError("Broken bitmap directory")
@@ -125,9 +155,30 @@ def parse_bitmap_directory(data: bytes | bytearray | memoryview, count: int) -> 
             raise CommandError("Bitmap extra data is not supported")
         if len(found) == count:
             raise CommandError("More bitmaps found than specified in header extension")
-        name = bytes(data[at + _BITMAP.size : at + _BITMAP.size + name_size]).decode("utf-8", "replace")
-        found.append(StoredBitmap(at, table, size, flags, granularity, name))
+        encoded = bytes(data[at + _BITMAP.size : at + _BITMAP.size + name_size])
+        name = encoded.decode("utf-8", "replace")
+        found.append(StoredBitmap(at, table, size, flags, granularity, name, encoded, kind))
         at += length
     if len(found) != count:
         raise CommandError("Less bitmaps found than specified in header extension")
     return found
+
+
+def pack_bitmap_directory(entries: list[StoredBitmap]) -> tuple[bytes, list[StoredBitmap]]:
+    """Return a bitmap directory and its entries with their places in it."""
+    data = b""
+    placed = []
+    for one in entries:
+        placed.append(replace(one, at=len(data)))
+        fields = (one.table_offset, one.table_size, one.flags, one.kind, one.granularity_bits, len(one.encoded), 0)
+        data += _BITMAP.pack(*fields) + one.encoded
+        data = data.ljust(align_up(len(data), 8), b"\0")
+    return data, placed
+
+
+def bitmap_entry_valid(entry: int, cluster_size: int) -> bool:
+    """Say whether an entry of a bitmap table keeps to the format."""
+    if entry & BITMAP_ENTRY_RESERVED:
+        return False
+    offset = entry & BITMAP_ENTRY_OFFSET
+    return offset % cluster_size == 0 and not (offset and entry & BITMAP_ALL_ONES)

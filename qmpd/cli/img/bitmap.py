@@ -1,15 +1,19 @@
-"""qmpd-img bitmap: change the persistent dirty bitmaps of an image, where its driver can."""
+"""qmpd-img bitmap: change the persistent dirty bitmaps of an image."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qmpd.block import dirty_bitmap
 from qmpd.cli.image import workshop
 from qmpd.cli.img._common import add_objects, check_exclusive, common, operands, parse_number
 from qmpd.cli.img._names import Wish, open_image
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError
+
+if TYPE_CHECKING:
+    from qmpd.block.node import BlockNode
 
 
 class _Action(argparse.Action):
@@ -60,24 +64,44 @@ class Bitmap:
             add_objects(shop, args.objects)
             check_exclusive(args)
             wish = Wish(image_format=args.format, image_opts=args.image_opts, writable=True)
-            backend = await open_image(shop, name, wish)
-            node = backend.node
+            node = (await open_image(shop, name, wish)).node
             assert node is not None
+            source = node
+            if args.source_file:
+                other = Wish(image_format=args.source_format)
+                found = (await open_image(shop, args.source_file, other)).node
+                assert found is not None
+                source = found
             for verb, value in args.actions:
-                work = getattr(node, f"bitmap_{verb}", None)
                 try:
-                    if work is None or args.source_file:
-                        raise CommandError(
-                            f"Can't store persistent bitmaps to {node.name}: Operation not supported"
-                            if verb == "add"
-                            else "Operation not supported"
-                        )
-                    if verb == "add":
-                        await work(bitmap, granularity)
-                    elif verb == "merge":
-                        await work(bitmap, value)
-                    else:
-                        await work(bitmap)
+                    await _act(node, source, verb, bitmap, value, granularity)
                 except CommandError as error:
-                    raise CommandError(f"Operation {verb} on bitmap {bitmap} failed: {error}") from error
+                    raise CommandError(
+                        f"Operation {verb} on bitmap {bitmap} failed: {error}", hint=error.hint
+                    ) from error
         return 0
+
+
+async def _act(
+    node: BlockNode, source: BlockNode, verb: str, name: str, value: str | None, granularity: int | None
+) -> None:
+    """Do one action. Raises CommandError."""
+    if verb == "add":
+        dirty_bitmap.add(node, name, granularity, persistent=True, disabled=False)
+        return
+    bitmap = dirty_bitmap.find(node, name)
+    if verb == "remove":
+        bitmap.check(inconsistent=True)
+        await node.remove_stored_bitmap(name)
+        node.dirty_bitmaps.remove(bitmap)
+    elif verb == "merge":
+        assert value is not None
+        other = dirty_bitmap.find(source, value)
+        dirty_bitmap.check_mergeable(bitmap, other)
+        bitmap.merge(other)
+    elif verb == "clear":
+        bitmap.check()
+        bitmap.clear()
+    else:
+        bitmap.check(readonly=True)
+        bitmap.enabled = verb == "enable"
