@@ -1,0 +1,227 @@
+"""blockdev-encrypt on real daemons: used meanwhile, cancelled, killed; cryptsetup takes the result for its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Proof
+from tests.peers.conftest import need
+from tests.support.daemon import RawClient, listens, program, running
+
+MiB = 1 << 20
+SIZE = 6 * MiB + 1536
+KILLS = 20
+CHEAP = {"pbkdf": "pbkdf2", "iterations": 1000}
+
+
+def cryptsetup(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = ["cryptsetup", "--disable-locks", "-q", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def images(folder: Path, size: int = SIZE) -> tuple[bytes, Path, Path]:
+    plain = random.Random(4).randbytes(size)
+    payload, header = folder / "disk.raw", folder / "header.luks"
+    payload.write_bytes(plain)
+    header.write_bytes(b"")
+    (folder / "key").write_text("abc123")
+    return plain, payload, header
+
+
+def add_nodes(client: RawClient, payload: Path, header: Path) -> None:
+    client.ok("object-add", qom_type="secret", id="sec0", data="abc123")
+    client.ok("blockdev-add", driver="raw", node_name="disk", file={"driver": "file", "filename": str(payload)})
+    client.ok("blockdev-add", driver="file", node_name="header", filename=str(header))
+
+
+def start(client: RawClient, **options: Any) -> None:
+    given = {"node_name": "vol", "file": "disk", "header": "header", "key_secret": "sec0", **CHEAP, **options}
+    client.ok("blockdev-encrypt", job_id="enc", auto_dismiss=False, **given)
+
+
+def wait_for(client: RawClient, done: int) -> dict[str, Any]:
+    """Return the job once it has encrypted `done` bytes, or has concluded."""
+    while True:
+        (job,) = client.ok("query-jobs")
+        if job["status"] == "concluded" or 0 < done <= job["current-progress"]:
+            return dict(job)
+        time.sleep(0.01)
+
+
+def concluded(client: RawClient) -> dict[str, Any]:
+    job = wait_for(client, 0)
+    client.ok("job-dismiss", id="enc")
+    return job
+
+
+def qemu_io(client: RawClient, command: str) -> None:
+    said = client.ok("human-monitor-command", command_line=f'qemu-io vol "{command}"')
+    assert said == "", said
+
+
+def decrypted(folder: Path, payload: Path, header: Path) -> bytes:
+    """Let cryptsetup itself turn the payload back into plaintext; it writes whole blocks of 4096 bytes."""
+    size = payload.stat().st_size
+    arguments = ("--force-offline-reencrypt", "--header", header, payload, "--key-file", folder / "key")
+    done = cryptsetup("reencrypt", "--decrypt", *arguments)
+    assert done.returncode == 0, done.stderr
+    return payload.read_bytes()[:size]
+
+
+def refused(client: RawClient, text: str, **node: Any) -> None:
+    reply = client.command("blockdev-add", node_name="other", **node)
+    assert text in reply["error"]["desc"], reply
+
+
+def test_an_image_is_encrypted_while_it_is_used(tmp_path: Path) -> None:
+    need("cryptsetup")
+    plain, payload, header = images(tmp_path)
+    want = bytearray(plain)
+    with running(tmp_path) as daemon:
+        client = daemon.client()
+        add_nodes(client, payload, header)
+        start(client, speed=2 * MiB)
+        wait_for(client, MiB)
+        for pattern, offset, length in ((7, 100, 3000), (8, 5 * MiB - 700, 3000), (9, SIZE - 1000, 1000)):
+            qemu_io(client, f"write -q -P {pattern} {offset} {length}")
+            want[offset : offset + length] = bytes([pattern]) * length
+        for offset in (0, 5 * MiB - 4096):
+            assert client.ok("query-jobs")[0]["current-progress"] < SIZE
+            qemu_io(client, f"read -q -P {want[offset + 3500]} {offset + 3500} 1")
+        qemu_io(client, "read -q -P 7 100 3000")
+        client.ok("job-pause", id="enc")
+        while client.ok("query-jobs")[0]["status"] != "paused":
+            time.sleep(0.01)
+        stopped = client.ok("query-jobs")[0]["current-progress"]
+        added = cryptsetup("luksAddKey", "--key-file", tmp_path / "key", header, tmp_path / "key")
+        assert "Unmet LUKS2 requirements" in added.stderr
+        assert "qmpd-encrypt-v1" in cryptsetup("luksDump", header).stdout
+        refused(client, "Permission conflict", driver="luks", file="disk", header="header", key_secret="sec0")
+        reply = client.command("blockdev-del", node_name="vol")
+        assert reply["error"]["desc"] == "Node vol is in use"
+        client.ok("job-resume", id="enc")
+        client.ok("job-cancel", id="enc")
+        assert concluded(client)["current-progress"] >= stopped
+        qemu_io(client, "read -q -P 8 5242180 3000")
+        start(client, speed=0)
+        job = concluded(client)
+        assert "error" not in job, job
+        assert job["current-progress"] == job["total-progress"] == SIZE
+        qemu_io(client, "read -q -P 9 6291992 1000")
+        (info,) = [one for one in client.ok("query-named-block-nodes") if one["node-name"] == "vol"]
+        assert info["image"]["format-specific"]["data"]["version"] == 2
+        client.ok("blockdev-del", node_name="vol")
+        client.ok("blockdev-add", node_name="again", driver="luks", file="disk", header="header", key_secret="sec0")
+    assert payload.stat().st_size == SIZE
+    assert plain[4096:8192] not in payload.read_bytes()
+    tested = ("--test-passphrase", "--header", header, payload, "--key-file", tmp_path / "key")
+    assert cryptsetup("open", *tested).returncode == 0
+    assert "qmpd-encrypt" not in cryptsetup("luksDump", header).stdout
+    assert decrypted(tmp_path, payload, header) == want
+    assert "abc123" not in daemon.log
+
+
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_a_qcow2_image_is_encrypted_below_its_own_size(tmp_path: Path, sector: int) -> None:
+    """The ciphertext goes into the qcow2 image, whose virtual size stays what it was."""
+    need("qemu-img")
+    image, header = tmp_path / "disk.qcow2", tmp_path / "header.luks"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(3 * MiB)], check=True)
+    header.write_bytes(b"")
+    with running(tmp_path) as daemon:
+        client = daemon.client()
+        client.ok("object-add", qom_type="secret", id="sec0", data="abc123")
+        client.ok("blockdev-add", driver="qcow2", node_name="disk", file={"driver": "file", "filename": str(image)})
+        client.ok("human-monitor-command", command_line='qemu-io disk "write -q -P 5 1048000 4096"')
+        client.ok("blockdev-add", driver="file", node_name="header", filename=str(header))
+        start(client, sector_size=sector)
+        job = concluded(client)
+        assert "error" not in job, job
+        qemu_io(client, "read -q -P 5 1048000 4096")
+        qemu_io(client, "read -q -P 0 0 1048000")
+    info = subprocess.run(["qemu-img", "info", "--output=json", image], capture_output=True, text=True, check=True)
+    assert f'"virtual-size": {3 * MiB}' in info.stdout
+    subprocess.run(["qemu-img", "check", "-q", image], check=True)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    plain, payload, header = images(tmp_path)
+    with running(tmp_path) as daemon:
+        client = daemon.client()
+        add_nodes(client, payload, header)
+        start(client, sector_size=4096)
+        assert concluded(client)["error"] == f"The image has {SIZE} bytes, expected a multiple of the sector size 4096"
+        start(client, header="disk")
+        assert concluded(client)["error"] == "The header cannot lie on the image itself, 'disk'"
+        start(client, key_secret="none")
+        assert concluded(client)["error"] == "No secret with id 'none'"
+        client.ok("blockdev-del", node_name="header")
+        header.write_bytes(b"precious" * 3 * MiB)
+        client.ok("blockdev-add", driver="file", node_name="header", filename=str(header))
+        start(client)
+        assert "not blank, and it has no LUKS2 header" in concluded(client)["error"]
+    assert payload.read_bytes() == plain
+    assert header.read_bytes() == b"precious" * 3 * MiB
+
+
+@contextlib.contextmanager
+def mortal(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RawClient]]:
+    """Start a daemon that may be killed."""
+    socket = folder / "qmp.sock"
+    socket.unlink(missing_ok=True)
+    monitor = ["-nodefaults", "-S", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
+    with (folder / "daemon.log").open("ab") as log:
+        process = subprocess.Popen([program("qmpd"), *monitor], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 30
+        while not listens(socket):
+            assert process.poll() is None, (folder / "daemon.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with contextlib.closing(RawClient(socket)) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(300)
+def test_a_killed_daemon_goes_on_where_it_was(proof: Proof, tmp_path: Path) -> None:
+    need("cryptsetup")
+    plain, payload, header = images(tmp_path, 24 * MiB)
+    want = bytearray(plain)
+    kills, rng, reached = proof.count(KILLS), random.Random(6), 0
+    share = 24 * MiB // (kills + 2)
+    for number in range(kills + 1):
+        with mortal(tmp_path) as (process, client):
+            add_nodes(client, payload, header)
+            last = number == kills
+            start(client, speed=0 if last else 30 * MiB)
+            if not last:
+                job = wait_for(client, min(reached + share, 23 * MiB))
+                reached = job["current-progress"]
+                for _ in range(3):
+                    offset, pattern = rng.randrange(24 * MiB - 9000), rng.randrange(256)
+                    length = rng.randrange(1, 9000)
+                    qemu_io(client, f"write -q -P {pattern} {offset} {length}")
+                    want[offset : offset + length] = bytes([pattern]) * length
+                qemu_io(client, "flush")
+                time.sleep(rng.random() / 50)
+                process.kill()
+                process.wait()
+            else:
+                job = concluded(client)
+                assert "error" not in job, job
+    assert os.path.getsize(payload) == 24 * MiB
+    assert decrypted(tmp_path, payload, header) == want
+    proof.record("encrypt-kill", kills=kills)
