@@ -7,9 +7,8 @@ tables and the data clusters. The header is written last: before it there is no 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from qmpd.block.batch import WriteFlags
+from qmpd.drivers._qcow2_create_crypto import NewEncryption, Target
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import (
     COPIED,
@@ -36,19 +35,6 @@ WRITE_CHUNK = 1 * MiB
 """Bytes written at once where tables or zeroes are long."""
 
 
-class Target(Protocol):
-    """What an image is made on; a `Child` is one."""
-
-    async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write at `offset`, growing the file."""
-
-    async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
-        """Make the range zero, growing the file."""
-
-    async def flush(self) -> None:
-        """Make what was written durable."""
-
-
 @dataclass(slots=True)
 class _Layout:
     """Counts and first numbers of clusters."""
@@ -58,10 +44,15 @@ class _Layout:
     l1: int
     l2: int
     data: int
+    encryption: int = 0
+
+    @property
+    def first_encryption(self) -> int:
+        return 1 + self.table + self.blocks + self.l1
 
     @property
     def first_l2(self) -> int:
-        return 1 + self.table + self.blocks + self.l1
+        return self.first_encryption + self.encryption
 
     @property
     def first_data(self) -> int:
@@ -84,6 +75,7 @@ async def create_qcow2(
     backing_fmt: str | None = None,
     preallocation: str = "off",
     compression_type: str = "zlib",
+    encryption: NewEncryption | None = None,
 ) -> None:
     """Make an image of `size` bytes on `file`, which is empty or whose contents do not matter.
 
@@ -114,15 +106,32 @@ async def create_qcow2(
     )
     if len(header.backing_file) > MAX_BACKING_NAME or len(header.backing_format) > MAX_FORMAT_NAME:
         raise CommandError("Backing file name too long")
-    layout = _lay_out(header, preallocated=preallocation != "off")
+    if encryption is None:
+        await _write_image(file, header, preallocation, None)
+        return
+    try:
+        encryption.prepare(header)
+        await _write_image(file, header, preallocation, encryption)
+    finally:
+        encryption.wipe()
+
+
+async def _write_image(file: Target, header: Header, preallocation: str, encryption: NewEncryption | None) -> None:
+    cluster_size = header.cluster_size
+    length = 0 if encryption is None else encryption.length
+    layout = _lay_out(header, preallocated=preallocation != "off", encryption=length)
     header.refcount_table_offset = cluster_size
     header.refcount_table_clusters = layout.table
-    header.l1_size = header.l1_entries_for(size)
+    header.l1_size = header.l1_entries_for(header.size)
     header.l1_table_offset = (1 + layout.table + layout.blocks) * cluster_size
+    if encryption is not None:
+        encryption.place(header, layout.first_encryption * cluster_size)
     image = header.pack().ljust(cluster_size, b"\0")
     await file.pwrite_zeroes(0, cluster_size)
     await _write_refcounts(file, header, layout)
     await _write_l1(file, header, layout)
+    if encryption is not None:
+        await encryption.write(file, layout.first_encryption * cluster_size, cluster_size)
     await _write_data(file, header, layout, preallocation)
     await file.flush()
     await file.pwrite(0, image)
@@ -152,7 +161,8 @@ def _check_options(size: int, cluster_size: int, version: int, refcount_bits: in
         raise CommandError("The image size is too large for file format 'qcow2' (try using a larger cluster size)")
 
 
-def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
+def _lay_out(header: Header, *, preallocated: bool, encryption: int) -> _Layout:
+    """Return where everything lies; `encryption` is the length of a LUKS header in bytes."""
     cluster = header.cluster_size
     entries = header.l1_entries_for(header.size)
     layout = _Layout(
@@ -161,6 +171,7 @@ def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
         l1=-(-entries * ENTRY_SIZE // cluster),
         l2=entries if preallocated else 0,
         data=-(-header.size // cluster) if preallocated else 0,
+        encryption=-(-encryption // cluster),
     )
     while True:
         blocks = -(-layout.total >> header.refcount_block_bits)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qmpd.aio.pool import BufferPool
 from qmpd.block.batch import Batch, Request
+from qmpd.block.options import OpenFlags
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.cipher import CipherSpec
 from qmpd.crypto.secretbytes import SecretBytes
@@ -186,6 +187,12 @@ class Encryption:
         if self.volume is None:
             return {"format": "aes"}
         return {"format": "luks", **self.volume.info()}
+
+
+def refuse_aes(flags: OpenFlags) -> None:
+    """Refuse the old method where the reference does. Raises CommandError."""
+    if OpenFlags.NO_AES in flags:
+        raise CommandError("Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators")
 
 
 async def read_encryption(file: Child, header: Header) -> Encryption | None:

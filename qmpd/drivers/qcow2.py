@@ -27,7 +27,7 @@ from qmpd.drivers._qcow2_bitmaps import (
     store_bitmaps,
 )
 from qmpd.drivers._qcow2_check import CheckResult, check_image
-from qmpd.drivers._qcow2_crypto import amend_encryption
+from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
@@ -83,8 +83,8 @@ class Qcow2Node(BlockNode):
         self.locked = encryption is not None
         if encryption is None:
             return
-        if encryption.method == CRYPT_AES and OpenFlags.NO_AES in self.graph.open_flags:
-            raise CommandError("Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators")
+        if encryption.method == CRYPT_AES:
+            refuse_aes(self.graph.open_flags)
         encryption.key_secret = (options.encrypt or {}).get("key-secret")
         self.request_alignment = SECTOR
         if encryption.key_secret is not None:

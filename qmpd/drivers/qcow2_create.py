@@ -14,6 +14,7 @@ from qmpd.block.child import Child
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
 from qmpd.drivers._qcow2_create import create_qcow2
+from qmpd.drivers._qcow2_create_crypto import NewEncryption
 from qmpd.qapi.registry import creator
 from qmpd.units import KiB
 
@@ -27,6 +28,7 @@ class Qcow2CreateOptions:
     version: str = "v3"
     backing_file: str | None = None
     backing_fmt: str | None = None
+    encrypt: dict[str, Any] | None = None
     cluster_size: int = 64 * KiB
     preallocation: str = "off"
     lazy_refcounts: bool = False
@@ -44,6 +46,10 @@ class Qcow2Creator:
     async def create(self, options: Qcow2CreateOptions) -> None:
         """Make the image. Raises CommandError, OSError."""
 
+        encryption = None
+        if options.encrypt is not None:
+            encryption = NewEncryption(options.encrypt, self._graph.objects, self._graph.open_flags)
+
         async def work(file: Child) -> None:
             await create_qcow2(
                 file,
@@ -56,6 +62,7 @@ class Qcow2Creator:
                 backing_fmt=options.backing_fmt,
                 preallocation=options.preallocation,
                 compression_type=options.compression_type,
+                encryption=encryption,
             )
 
         async with self._graph.borrowed(options.file) as node:

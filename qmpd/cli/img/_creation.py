@@ -56,6 +56,10 @@ _LUKS = (
     Option("hash-alg", "str", "hash of the key derivation", "hash-alg"),
     Option("iter-time", "num", "milliseconds that the key derivation takes", "iter-time"),
 )
+_LUKS_OWN = (
+    Option("iterations", "num", "rounds or passes of the key derivation, in place of a time", "iterations"),
+    Option("uuid", "str", "identifier of the volume", "uuid"),
+)
 FORMATS: Mapping[str, tuple[Option, ...]] = {
     "raw": (SIZE,),
     "file": (SIZE, *FILE_OPTIONS),
@@ -64,8 +68,7 @@ FORMATS: Mapping[str, tuple[Option, ...]] = {
         *_LUKS,
         Option("detached-header", "bool", "make only a header, for a payload elsewhere", "detached-header"),
         Option("version", "num", "version of LUKS, 1 or 2", "version"),
-        Option("iterations", "num", "rounds or passes of the key derivation, in place of a time", "iterations"),
-        Option("uuid", "str", "identifier of the volume", "uuid"),
+        *_LUKS_OWN,
         Option("sector-size", "num", "LUKS2: bytes encrypted at a time, 512 to 4096", "sector-size"),
         Option("pbkdf", "str", "LUKS2: key derivation: pbkdf2, argon2i or argon2id", "pbkdf"),
         Option("pbkdf-memory", "num", "LUKS2: KiB that argon2 takes", "pbkdf-memory"),
@@ -75,8 +78,8 @@ FORMATS: Mapping[str, tuple[Option, ...]] = {
     ),
     "qcow2": (
         Option("encryption", "bool", "encrypt by the old method, same as encrypt.format=aes", "encrypt"),
-        Option("encrypt.format", "str", "encrypt the content: luks", "encrypt"),
-        *(Option(f"encrypt.{one.name}", one.kind, one.help, "encrypt") for one in _LUKS),
+        Option("encrypt.format", "str", "encrypt the content: luks, or aes, the old method", "encrypt"),
+        *(Option(f"encrypt.{one.name}", one.kind, one.help, "encrypt") for one in (*_LUKS, *_LUKS_OWN)),
         Option("cluster_size", "size", "bytes in a cluster", "cluster-size", "65536"),
         Option("extended_l2", "bool", "allocate in parts of clusters", "extended-l2", "off"),
         Option("preallocation", "str", "space taken at once: off, metadata, falloc or full", "preallocation"),
@@ -237,15 +240,13 @@ class Request:
                 continue
             if name in ("nocow", "extent_size_hint") or self.image_format in ("raw", "file"):
                 below[option.member] = value
-            elif name == "encryption":
-                if keyval.BOOLEANS[value]:
-                    members["encrypt.format"] = "aes"
             elif option.member == "encrypt":
-                members[name] = value
+                continue
             elif name == "compat":
                 members["version"] = VERSIONS.get(value, value)
             elif option.member in made:
                 members[option.member] = value
+        members |= encryption_members(self.given)
         tree: dict[str, Any] = _opts.crumple([*members.items()])
         data_file = tree.get("data-file")
         if isinstance(data_file, str):
@@ -265,6 +266,23 @@ class Request:
             file_options=below,
             iterations=self.iterations,
         )
+
+
+def encryption_members(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the options of qcow2 that say how to encrypt, under the names that blockdev-create has for them.
+
+    Raises CommandError.
+    """
+    members = {name: value for name, value in given.items() if name.startswith("encrypt.")}
+    if keyval.BOOLEANS.get(given.get("encryption", "off"), False):
+        if "encrypt.format" in members:
+            raise CommandError("'encrypt.format' and its alias 'encryption' can't be used at the same time")
+        members["encrypt.format"] = "aes"
+    if members.get("encrypt.format") == "aes":
+        members["encrypt.format"] = "qcow"
+    if members and "encrypt.format" not in members:
+        raise CommandError("Parameter 'encrypt.format' is missing")
+    return members
 
 
 def full_name(image: str, backing: str) -> str:

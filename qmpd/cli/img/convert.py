@@ -143,7 +143,10 @@ class _Conversion:
         assert node is not None
         if target.size < size:
             raise CommandError("output file is smaller than input file")
-        await self._copy(sources, target, size, new=not args.no_create, overlay="backing_file" in request.given)
+        # of a preallocated image that is encrypted, the zeroes in its file are no zeroes for the guest
+        garbage = bool(node.image_info().get("encrypted")) and request.given.get("preallocation", "off") != "off"
+        new = not args.no_create and not garbage
+        await self._copy(sources, target, size, new=new, overlay="backing_file" in request.given)
 
     def _check_compression(self, image_format: str) -> None:
         """Refuse -c for a driver that does not write compressed clusters. Raises CommandError."""
@@ -198,6 +201,8 @@ class _Conversion:
                 )
             if "backing_fmt" not in request.given:
                 raise CommandError("Use of backing file requires explicit backing format")
+        if args.compress and ("encryption" in request.given or "encrypt.format" in request.given):
+            raise CommandError("Compression and encryption not supported at the same time")
         if args.compress and request.given.get("preallocation", "off") != "off":
             raise CommandError("Compression and preallocation not supported at the same time")
         request.given.pop("size", None)

@@ -47,10 +47,13 @@ class Create:
                 size = _size(args.operands[1])
             add_objects(shop, args.objects)
             try:
-                request = Request(shop, filename, args.format, size=size, iterations=args.iterations)
-                if args.iterations is not None and args.format != "luks":
-                    raise CommandError("--iterations is for luks only")
+                iterations = args.iterations if args.format == "luks" else None
+                request = Request(shop, filename, args.format, size=size, iterations=iterations)
+                if args.iterations is not None and args.format not in ("luks", "qcow2"):
+                    raise CommandError("--iterations is for luks, and qcow2 with encrypt.format=luks, only")
                 request.read(args.options)
+                if args.iterations is not None and args.format == "qcow2":
+                    request.given["encrypt.iterations"] = str(args.iterations)
                 if args.backing is not None:
                     request.given["backing_file"] = args.backing
                 if args.backing_format is not None:

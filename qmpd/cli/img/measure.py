@@ -13,11 +13,16 @@ from qmpd.cli.img._names import Wish, open_image
 from qmpd.cli.img._text import pretty
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError, QmpdError
+from qmpd.qapi.visit import validate
 from qmpd.units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
     from qmpd.cli.image import Workshop
+
+
+CIPHER = ("cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg", "hash-alg")
+"""Options of LUKS that decide how long its header is, and those that must go with them."""
 
 
 @subcommand("measure", help="tell how much room a new image would take")
@@ -87,6 +92,8 @@ async def sizes(
         from qmpd.cli.img._space import qcow2_sizes
 
         required, full = await qcow2_sizes(request.given, size, source)
+        header = encryption_length(shop, request.given)
+        required, full = required + header, full + header
         info = {"required": required, "fully-allocated": full}
         if source is not None and source.driver_name == "qcow2" and request.given.get("compat") not in ("0.10", "v2"):
             info["bitmaps"] = 0
@@ -98,13 +105,26 @@ async def sizes(
     return {"required": size, "fully-allocated": size}
 
 
-def luks_header_length(shop: Workshop, given: dict[str, str]) -> int:
-    """Return the bytes before the payload of a volume with these options. Raises CommandError."""
+def encryption_length(shop: Workshop, given: dict[str, str]) -> int:
+    """Return the bytes of the clusters that a LUKS header takes within a qcow2 image. Raises CommandError."""
+    if given.get("encrypt.format") != "luks":
+        return 0
+    members = {name.removeprefix("encrypt."): value for name, value in given.items() if name.startswith("encrypt.")}
+    return align_up(luks_header_length(shop, members, "encrypt."), int(given.get("cluster_size", "65536")))
+
+
+def luks_header_length(shop: Workshop, given: dict[str, str], prefix: str = "") -> int:
+    """Return the bytes before the payload of a volume with these options; errors name them with `prefix`.
+
+    Raises CommandError.
+    """
     from qmpd.luks.create import Luks1Options, header_length
 
     if "key-secret" not in given:
-        raise CommandError("Parameter 'key-secret' is required for cipher")
+        raise CommandError(f"Parameter '{prefix}key-secret' is required for cipher")
     shop.objects.passphrase(given["key-secret"]).wipe()
+    cipher = {name: value for name, value in given.items() if name in CIPHER}
+    validate(shop.schema, "QCryptoBlockCreateOptionsLUKS", cipher, keyval=True)
     return header_length(
         Luks1Options(
             cipher_alg=given.get("cipher-alg"),
