@@ -56,25 +56,27 @@ class TlsCreds(QomObject):
     def __init__(self, verify_peer: bool, directory: str | None, endpoint: str, priority: str | None) -> None:
         super().__init__()
         self.verify_peer, self.dir, self.endpoint, self.priority = verify_peer, directory, endpoint, priority
-        self._context: ssl.SSLContext | None = None
+        self._contexts: dict[bool, ssl.SSLContext] = {}
 
     def make_context(self) -> ssl.SSLContext:
         """Return a new context for these credentials. Raises CommandError."""
         raise NotImplementedError
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
         """Return the context, made anew after a property has changed (TlsCredentials)."""
         if self.priority not in _PRIORITIES:
             raise CommandError(
                 f"Unable to set TLS session priority {self.priority}: GnuTLS priority strings are not supported"
             )
-        if self._context is None:
-            self._context = self.make_context()
-        return self._context
+        context = self._contexts.get(check_hostname)
+        if context is None:
+            context = self._contexts[check_hostname] = self.make_context()
+            context.check_hostname = context.check_hostname and check_hostname
+        return context
 
     def forget(self) -> None:
-        """Drop the context."""
-        self._context = None
+        """Drop the contexts."""
+        self._contexts.clear()
 
     def delete(self) -> None:
         """Drop the context, with the key in it, once the last connection is through."""

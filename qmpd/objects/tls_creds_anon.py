@@ -48,6 +48,6 @@ class TlsCredsAnon(TlsCreds):
         """Refuse."""
         raise CommandError(f"TLS credentials '{self.id}' cannot be used: anonymous TLS is not supported")
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
         """Refuse (TlsCredentials)."""
         self.make_context()

@@ -72,7 +72,7 @@ class TlsCredsX509(TlsCreds):
     def complete(self, objects: ObjectTree) -> None:
         """Check the certificates and load them."""
         self._objects = objects
-        self._context = self.make_context()
+        self._contexts[True] = self.make_context()
 
     def _files(self) -> _Files:
         ca = self.required_file("ca-cert.pem")

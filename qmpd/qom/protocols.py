@@ -32,8 +32,11 @@ class TlsCredentials(Protocol):
     def endpoint(self) -> str:
         """Return "client" or "server"."""
 
-    def context(self) -> ssl.SSLContext:
-        """Return the context for that endpoint. Raises CommandError if this Python cannot."""
+    def context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
+        """Return the context for that endpoint. Raises CommandError if this Python cannot.
+
+        check_hostname   (clients) the server's certificate must be for the name that is then given
+        """
 
 
 @runtime_checkable
