@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 from types import TracebackType
@@ -39,7 +40,16 @@ class Progress:
         if self._shown and sys.stdout.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stdout)
+            window = shutil.get_terminal_size()  # not 0 by 0, as a terminal may say: tqdm would draw nothing then
+            self._bar = tqdm(
+                total=self.total,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                file=sys.stdout,
+                ncols=window.columns,
+                nrows=window.lines,
+            )
         self.add(0)
         return self
 
