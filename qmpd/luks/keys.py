@@ -121,8 +121,8 @@ async def place_slot(
 ) -> None:
     """Write slot `index` of `header`, which is enabled there, and its material; it counts at the very end.
 
-    new   opens the slot, which is tried before it counts; None if nobody knows it
-    Raises CommandError if the slot does not open, OSError; it is then unused.
+    new   opens the slot, which is tried before it counts; None if nobody knows what does: it is read back
+    A slot that is not enabled stays out of use. Raises CommandError if it does not open, OSError.
     """
     slot = header.slots[index]
     await _write_state(target, index, luks1.DISABLED)
@@ -131,14 +131,18 @@ async def place_slot(
     await target.flush()
     await _write_entry(target, index, replace(slot, active=luks1.DISABLED))
     await target.flush()
-    if new is not None:
-        stored = await read_padded(target, slot.material_offset, align_up(header.material_length, SECTOR))
+    stored = await read_padded(target, slot.material_offset, align_up(header.material_length, SECTOR))
+    if new is None:
+        if stored != material:
+            raise CommandError(f"The key material of keyslot {index} does not read as it was written")
+    else:
         found = await derive(lambda: open_slot(header, slot, stored, new))
         if found is None:
             raise CommandError(f"Keyslot {index} does not open after it was written; it stays unused")
         found[:] = bytes(len(found))
-    await _write_state(target, index, luks1.ENABLED)
-    await target.flush()
+    if slot.enabled:
+        await _write_state(target, index, luks1.ENABLED)
+        await target.flush()
 
 
 async def _write_entry(target: HeaderIO, index: int, slot: luks1.Keyslot) -> None:

@@ -177,7 +177,7 @@ class _Edit:
         self._digest(tree)["keyslots"] = _with(self._digest(tree)["keyslots"], str(index))
         for other in replaced:
             if other != index:
-                _forget(tree, str(other))
+                forget(tree, str(other))
         fresh = luks2.Found(_as_copy(self.found.copy, tree), None)
         await self.target.pwrite(int(slot["area"]["offset"]), material)
         await self.target.flush()
@@ -199,7 +199,7 @@ class _Edit:
         """Erase slots: out of both copies first, then their material. Raises CommandError, OSError."""
         tree = copied(self.metadata.tree)
         for index in slots:
-            _forget(tree, str(index))
+            forget(tree, str(index))
         await write_copies(self.target, self.found, tree, _HEADER)
         await self._overwrite(slots)
 
@@ -214,7 +214,7 @@ def _with(ids: list[str], key: str) -> list[str]:
     return ids if key in ids else sorted([*ids, key], key=int)
 
 
-def _forget(tree: dict[str, Any], key: str) -> None:
+def forget(tree: dict[str, Any], key: str) -> None:
     """Take a keyslot and all references to it out of a tree."""
     tree["keyslots"].pop(key, None)
     for section in ("digests", "tokens"):
