@@ -18,6 +18,7 @@ from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.crypto.secretbytes import SecretBytes
+from qmpd.drivers._qcow2_amend import change_refcount_bits, downgrade, forget_raw, upgrade
 from qmpd.drivers._qcow2_backing import change_backing, make_empty, set_lazy
 from qmpd.drivers._qcow2_bitmaps import (
     check_resizable,
@@ -233,6 +234,21 @@ class Qcow2Node(BlockNode):
     async def remove_stored_bitmap(self, name: str) -> None:
         """Take a persistent bitmap out of the image."""
         await remove_bitmap(self.image, name)
+
+    async def set_version(self, version: int) -> None:
+        """Make the image one of version 2 or 3; no request uses the node. Raises CommandError, OSError."""
+        if version == 2:
+            await downgrade(self.image, self._backing(), self.size)
+        else:
+            await upgrade(self.image)
+
+    async def set_refcount_bits(self, bits: int) -> None:
+        """Change the width of the refcounts; no request uses the node. Raises CommandError, OSError."""
+        await change_refcount_bits(self.image, bits)
+
+    async def forget_raw_data_file(self) -> None:
+        """Give up that the data file is valid as a raw image. Raises OSError."""
+        await forget_raw(self.image)
 
     async def make_empty(self) -> None:
         """Give up everything that this layer holds."""
