@@ -36,6 +36,7 @@ from qmpd.drivers._qcow2_options import Qcow2Options
 from qmpd.drivers._qcow2_read import read_batch
 from qmpd.drivers._qcow2_resize import resize
 from qmpd.drivers._qcow2_write import write_batch
+from qmpd.drivers._qcow2_snapshots import apply_named, create_snapshot, delete_named
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ClusterType
@@ -228,6 +229,18 @@ class Qcow2Node(BlockNode):
         await set_lazy(self.image, lazy)
 
     def check_storing_bitmap(self, name: str, granularity: int) -> None:
+    async def snapshot_create(self, name: str) -> None:
+        """Make an internal snapshot; nothing uses the node meanwhile. Raises OSError."""
+        await create_snapshot(self.image, name)
+
+    async def snapshot_apply(self, tag: str) -> None:
+        """Make the disk show again what it did in a snapshot. Raises CommandError, OSError."""
+        self.size = await apply_named(self.image, self, tag)
+
+    async def snapshot_delete(self, name: str) -> None:
+        """Forget an internal snapshot. Raises CommandError, OSError."""
+        await delete_named(self.image, name)
+
         """Refuse a bitmap for which the image has no place."""
         check_storing(self.image, self, name, granularity)
 

@@ -33,13 +33,20 @@ MAX_BITMAP_BYTES = 512 << 20
 """Bytes of one bitmap's data at most (the reference's limit)."""
 
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
+_EXTRA = struct.Struct(">QQQ")
+NO_ICOUNT = (1 << 64) - 1
+"""The count of instructions in a snapshot that has none."""
+
 _BITMAP = struct.Struct(">QIIBBHI")
 assert _SNAPSHOT.size == SNAPSHOT_HEADER_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """An internal snapshot; sizes in bytes, l1_size in entries, icount None if not recorded."""
+    """An internal snapshot; sizes in bytes, l1_size in entries, icount None if not recorded.
+
+    encoded   identifier and name as they are stored     unknown_extra  extra data behind what we know
+    """
 
     l1_table_offset: int
     l1_size: int
@@ -51,6 +58,8 @@ class Snapshot:
     vm_state_size: int
     disk_size: int | None
     icount: int | None
+    encoded: tuple[bytes, bytes]
+    unknown_extra: bytes = b""
 
     def to_qapi(self) -> dict[str, object]:
         """Return the SnapshotInfo of this snapshot."""
@@ -88,15 +97,41 @@ def parse_snapshot(data: bytes | bytearray | memoryview) -> Snapshot:
     at = SNAPSHOT_HEADER_SIZE
     extra = bytes(data[at : at + extra_size])
     at += extra_size
-    identifier = bytes(data[at : at + id_size]).decode("utf-8", "replace")
-    name = bytes(data[at + id_size : at + id_size + name_size]).decode("utf-8", "replace")
+    encoded = bytes(data[at : at + id_size]), bytes(data[at + id_size : at + id_size + name_size])
+    identifier, name = (one.decode("utf-8", "replace") for one in encoded)
     if extra_size >= 8:
         vm_size = struct.unpack_from(">Q", extra)[0]
     disk_size = struct.unpack_from(">Q", extra, 8)[0] if extra_size >= 16 else None
     icount = struct.unpack_from(">Q", extra, 16)[0] if extra_size >= 24 else None
-    if icount == (1 << 64) - 1:
+    if icount == NO_ICOUNT:
         icount = None
-    return Snapshot(offset, l1_size, identifier, name, sec, nsec, clock, vm_size, disk_size, icount)
+    return Snapshot(
+        offset, l1_size, identifier, name, sec, nsec, clock, vm_size, disk_size, icount, encoded, extra[_EXTRA.size :]
+    )
+
+
+def pack_snapshots(snapshots: list[Snapshot], size: int) -> bytes:
+    """Return a snapshot table; `size` bytes of disk are assumed where an entry does not say."""
+    data = bytearray()
+    for one in snapshots:
+        icount = NO_ICOUNT if one.icount is None else one.icount
+        extra = _EXTRA.pack(one.vm_state_size, size if one.disk_size is None else one.disk_size, icount)
+        extra += one.unknown_extra
+        identifier, name = one.encoded
+        data += _SNAPSHOT.pack(
+            one.l1_table_offset,
+            one.l1_size,
+            len(identifier),
+            len(name),
+            one.date_sec,
+            one.date_nsec,
+            one.vm_clock_nsec,
+            one.vm_state_size & 0xFFFF_FFFF,
+            len(extra),
+        )
+        data += extra + identifier + name
+        data += bytes(-len(data) % 8)
+    return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

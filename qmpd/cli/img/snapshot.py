@@ -1,10 +1,11 @@
-"""qmpd-img snapshot: list the internal snapshots of an image, and make, apply or delete one where its driver can."""
+"""qmpd-img snapshot: list, make, apply or delete internal snapshots, in formats that have them."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import os
+from typing import TYPE_CHECKING
 
 from qmpd.cli.image import workshop
 from qmpd.cli.img._common import add_objects, check_exclusive, common, one_operand, operands, refuse
@@ -13,7 +14,16 @@ from qmpd.cli.img._text import snapshot_lines
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError
 
-VERBS = {"create": "create", "apply": "apply", "delete": "delete"}
+if TYPE_CHECKING:
+    from qmpd.block.node import BlockNode
+
+VERBS = ("create", "apply", "delete")
+UNSUPPORTED = {
+    "create": "Operation not supported",
+    "apply": "Block driver does not support snapshots",
+    "delete": "snapshot not found",
+}
+"""What the reference says of formats without internal snapshots."""
 
 
 @subcommand("snapshot", help="list, make, apply or delete internal snapshots")
@@ -56,15 +66,21 @@ class Snapshot:
                     print("Snapshot list:")
                     print("\n".join(snapshot_lines(snapshots)))
                 return 0
-            verb = verbs[0]
-            tag = getattr(args, verb)
-            work = getattr(node, f"snapshot_{verb}", None)
-            try:
-                if work is None:
-                    raise OSError(errno.ENOTSUP, "no internal snapshots")
-                await work(tag)
-            except OSError as error:
-                raise CommandError(f"Could not {verb} snapshot '{tag}': {os.strerror(error.errno or 0)}") from error
-            except CommandError as error:
-                raise CommandError(f"Could not {verb} snapshot '{tag}': {error}") from error
+            await _change(node, verbs[0], getattr(args, verbs[0]))
         return 0
+
+
+async def _change(node: BlockNode, verb: str, tag: str) -> None:
+    """Make, apply or delete a snapshot. Raises CommandError."""
+    try:
+        work = getattr(node, f"snapshot_{verb}", None)
+        if work is None:
+            raise CommandError(UNSUPPORTED[verb])
+        await work(tag)
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
+        if verb == "apply":
+            reason = f"Failed to load snapshot: {reason}"
+        raise CommandError(f"Could not {verb} snapshot '{tag}': {reason}") from error
+    except CommandError as error:
+        raise CommandError(f"Could not {verb} snapshot '{tag}': {error}") from error
