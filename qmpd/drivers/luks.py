@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,14 @@ from qmpd.block.perm import ChildRole, Perm
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
+from qmpd.luks.binding import ID_SIZE, Bindings, Markable, below_filters, binding_key, payload_on
 from qmpd.luks.detect import read_header
 from qmpd.luks.encrypt import Encryption, drop_journal, journal_key
 from qmpd.luks.keys import KeyslotEdit, edit_keyslots
 from qmpd.luks.luks2 import Luks2Volume
 from qmpd.luks.payload import POOL_CAP, write_encrypted
 from qmpd.luks.shared import SharedHeader, header_of
+from qmpd.luks.shared_key import KeyUse, forget_use, note_use, note_writing, sharing
 from qmpd.luks.update2 import update_header
 from qmpd.luks.volume import Volume
 from qmpd.luks.work import transform
@@ -43,11 +46,15 @@ HeaderWork = Callable[[Child], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class LuksOptions:
-    """BlockdevOptionsLUKS; without `header` the volume is whole in `file`."""
+    """BlockdevOptionsLUKS; without `header` the volume is whole in `file`.
+
+    force   open a payload that the header is not bound to
+    """
 
     file: Child
     header: Child | None = None
     key_secret: str | None = None
+    force: bool = False
 
 
 @driver("luks", schema="BlockdevOptionsLUKS", options=LuksOptions)
@@ -59,6 +66,7 @@ class LuksNode(BlockNode):
         "header": ChildRole.METADATA,
     }
     strong_options = ("key-secret",)
+    _gains_writer = False
 
     async def open(self, options: LuksOptions) -> None:
         """Look the secret up, then read and check the header."""
@@ -66,6 +74,9 @@ class LuksNode(BlockNode):
         self.request_alignment = 512
         self._crypto: BlockCrypto | None = None
         self.encryption: Encryption | None = None
+        self.binding: str | None = None
+        self._bindings: Bindings | None = None
+        self._force = options.force
         self._passphrase: SecretBytes | None = None
         self._source = options.header or options.file
         self._shared: SharedHeader = header_of(self._source.node)
@@ -110,11 +121,17 @@ class LuksNode(BlockNode):
             if self.volume.journal is not None and isinstance(self.volume, Luks2Volume):
                 key = journal_key(unlocked.key, self.volume.copy.uuid)
                 self.encryption = Encryption(self._source, self.file, self._crypto, self.volume.journal, key)
+            if self._detached:
+                key = binding_key(unlocked.key, self.volume.info()["uuid"])
+                self._bindings = Bindings(self._source, self._source.node, key)
+            use = KeyUse.of(unlocked.key, self.volume.first_sector, self.file.node)
         finally:
             unlocked.wipe()
+        await self._check_binding()
         if self.encryption is not None:
             await self.encryption.load()
         self._refresh_size()
+        note_use(self, use)
 
     def _refresh_size(self) -> None:
         if self.volume.payload_offset > self.file.size:
@@ -138,6 +155,9 @@ class LuksNode(BlockNode):
             self._crypto = None
         if self.encryption is not None:
             self.encryption.wipe()
+        if self._bindings is not None:
+            self._bindings.wipe()
+        forget_use(self)
         self._shared.users -= 1
         self._shared.nodes.discard(self)
 
@@ -148,8 +168,6 @@ class LuksNode(BlockNode):
 
         Runs on the loop of the monitor. Raises CommandError, OSError.
         """
-        if self.encryption is not None:
-            raise CommandError("Key slots cannot be changed while the volume is being encrypted in place")
         edit = KeyslotEdit(**{name.replace("-", "_"): value for name, value in options.items()})
 
         async def work(header: Child) -> None:
@@ -158,11 +176,18 @@ class LuksNode(BlockNode):
 
         await self.change_header(work)
 
+    @property
+    def header(self) -> Child:
+        """The edge to the node that the header lies on."""
+        return self._source
+
     async def change_header(self, work: HeaderWork) -> None:
         """Run `work` on the header, which nobody else writes to meanwhile; all its users read it anew.
 
         Runs on the loop of the monitor, `work` on that of the data. Raises CommandError, OSError.
         """
+        if self.encryption is not None:
+            raise CommandError("The header cannot be changed while the volume is being encrypted in place")
         if self._amending:
             raise CommandError("Another job changes the key slots of this volume")
         self._amending = True
@@ -185,6 +210,48 @@ class LuksNode(BlockNode):
             )
         except (CommandError, ImageError, OSError) as error:
             _log.warning("%s: the header cannot be read any more: %s", self._source.node.name, error)
+
+    # --- payload binding --------------------------------------------------------------------------
+
+    async def _check_binding(self) -> None:
+        if self._bindings is None:
+            return
+        try:
+            self.binding = await self._bindings.check(self.volume, payload_on(self.file.node))
+        except CommandError as error:
+            if not self._force:
+                raise
+            self.binding = "forced"
+            _log.warning("node '%s': opened by force: %s", self.name, error)
+
+    async def bind_payload(self, *, mark: bool) -> str:
+        """See `BindableNode`."""
+        bindings, carrier = self._bindings, below_filters(self.file.node)
+        if bindings is None:
+            raise CommandError("Only an unlocked volume with a detached header can be bound to its payload")
+        if mark:
+            if not isinstance(carrier, Markable):
+                raise CommandError(f"Driver '{carrier.driver_name}' cannot store an id: bind the payload by its size")
+            if not carrier.payload_id:
+                await self.graph.runner.run(carrier.set_payload_id(os.urandom(ID_SIZE)))
+        payload = payload_on(self.file.node)
+        await self.change_header(lambda _: bindings.add(self.volume, payload))
+        self.binding = payload.binding
+        return payload.binding
+
+    async def unbind_payload(self) -> int:
+        """See `BindableNode`."""
+        bindings, removed = self._bindings, 0
+        if bindings is None:
+            raise CommandError("Only an unlocked volume with a detached header can be bound to its payload")
+
+        async def work(_: Child) -> None:
+            nonlocal removed
+            removed = await bindings.clear(self.volume)
+
+        await self.change_header(work)
+        self.binding = None
+        return removed
 
     # --- encryption in place ----------------------------------------------------------------------
 
@@ -255,6 +322,8 @@ class LuksNode(BlockNode):
         """Resize the payload."""
         if self.encryption is not None:
             raise CommandError("Cannot resize a volume that is being encrypted in place")
+        if self.binding in ("size", "id"):
+            raise CommandError("Cannot resize a payload that the header is bound to: unbind it first")
         if size > (1 << 63) - 1 - self.volume.payload_offset:
             raise OSError(errno.EFBIG, "The requested file size is too large")
         if self.volume.payload_length is not None:
@@ -285,6 +354,21 @@ class LuksNode(BlockNode):
             return own, Perm.ALL
         return perm | own, shared
 
+    def check_perm(self, perm: Perm, shared: Perm) -> None:
+        """Nothing to veto; see `commit_perm`."""
+        if perm & Perm.WRITE and not self.perm & Perm.WRITE:
+            self._gains_writer = True
+
+    def abort_perm(self) -> None:
+        """Forget what `check_perm` saw."""
+        self._gains_writer = False
+
+    def commit_perm(self) -> None:
+        """Warn when the volume is about to be written to and its key is in use for another payload."""
+        if self._gains_writer:
+            self._gains_writer = False
+            note_writing(self)
+
     # --- descriptions -----------------------------------------------------------------------------
 
     def image_info(self) -> dict[str, Any]:
@@ -296,5 +380,10 @@ class LuksNode(BlockNode):
         info["encrypted"] = True
         if "dirty-flag" in below:
             info["dirty-flag"] = False
-        info["format-specific"] = {"type": "luks", "data": self.volume.info()}
+        data = self.volume.info()
+        if self.binding is not None:
+            data["binding"] = self.binding
+        if others := sharing(self):
+            data["shared-key"] = others
+        info["format-specific"] = {"type": "luks", "data": data}
         return info

@@ -31,12 +31,13 @@ from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
+from qmpd.drivers._qcow2_mark import identity, mark
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
 from qmpd.drivers._qcow2_options import Qcow2Options
 from qmpd.drivers._qcow2_read import read_batch
 from qmpd.drivers._qcow2_resize import resize
-from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_snapshots import apply_named, create_snapshot, delete_named
+from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ClusterType
@@ -228,7 +229,6 @@ class Qcow2Node(BlockNode):
         """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
         await set_lazy(self.image, lazy)
 
-    def check_storing_bitmap(self, name: str, granularity: int) -> None:
     async def snapshot_create(self, name: str) -> None:
         """Make an internal snapshot; nothing uses the node meanwhile. Raises OSError."""
         await create_snapshot(self.image, name)
@@ -241,12 +241,24 @@ class Qcow2Node(BlockNode):
         """Forget an internal snapshot. Raises CommandError, OSError."""
         await delete_named(self.image, name)
 
+    def check_storing_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a bitmap for which the image has no place."""
         check_storing(self.image, self, name, granularity)
 
     async def remove_stored_bitmap(self, name: str) -> None:
         """Take a persistent bitmap out of the image."""
         await remove_bitmap(self.image, name)
+
+    @property
+    def payload_id(self) -> bytes:
+        """The id by which a LUKS header knows the image, b"" if it has none."""
+        return identity(self.image)
+
+    async def set_payload_id(self, identity: bytes) -> None:
+        """Give the image an id, which QEMU keeps. Raises CommandError, OSError."""
+        if self.read_only:
+            raise CommandError("Block node is read-only")
+        await mark(self.image, identity)
 
     async def set_version(self, version: int) -> None:
         """Make the image one of version 2 or 3; no request uses the node. Raises CommandError, OSError."""
