@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
 from qmpd.luks.detect import read_header
 from qmpd.luks.volume import HeaderIO, Volume
 
 if TYPE_CHECKING:
+    from qmpd.block.child import Child
     from qmpd.block.node import BlockNode
 
 
+T = TypeVar("T")
+
+
 class HeaderUser(Protocol):
-    """A luks node that is open on a header."""
+    """A luks node that is open on a header, which it has read as `volume`."""
+
+    volume: Volume
 
     async def header_changed(self) -> None:
         """Read the header again."""
+
+
+@runtime_checkable
+class HeaderNode(Protocol):
+    """A node whose header is looked after by commands, on the loop of the monitor."""
+
+    @property
+    def header(self) -> Child:
+        """The edge to the node that the header lies on."""
+
+    async def change_header(self, work: Callable[[Child], Awaitable[None]]) -> None:
+        """Run `work` on the header, alone, on the loop of the data. Raises CommandError, OSError."""
 
 
 class SharedHeader:
@@ -41,6 +59,11 @@ class SharedHeader:
         """Read the header anew, between changes; see `read_header`. Raises CommandError, ImageError, OSError."""
         async with self.lock:
             return await read_header(source, detached=detached, image=image)
+
+    async def locked(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work`, which reads more of the header than one piece, between changes."""
+        async with self.lock:
+            return await work()
 
     async def change(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work`, which changes the header; then every luks node on it reads it again."""
