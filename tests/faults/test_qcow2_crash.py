@@ -7,13 +7,14 @@ import random
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qmpd.block.child import Child
 from tests.conftest import Proof
 from tests.faults.crash import GuestOp, Journal
-from tests.gen.qcow2 import MemoryNode, edge, make, open_qcow2, random_delay, save
+from tests.gen.qcow2 import PASSPHRASE, MemoryNode, edge, make, open_qcow2, random_delay, save
 from tests.gen.qcow2_model import Op
 from tests.peers.conftest import need
 
@@ -35,6 +36,7 @@ class Kind:
     backing: bool = False
     snapshot: bool = False
     no_unref: bool = False
+    encrypt: str | None = None
     rounds: int = 12
 
 
@@ -51,7 +53,26 @@ KINDS = (
     Kind("growing-refcount-table", 512, 4 << 20, 400_000, bits=64, rounds=10),
     Kind("no-unref", 4096, 256 << 10, 20_000, no_unref=True),
     Kind("bit-refcounts", 512, 128 << 10, 9000, bits=1),
+    Kind("luks", 4096, 256 << 10, 20_000, encrypt="luks"),
+    Kind("luks-backing", 1024, 128 << 10, 9000, encrypt="luks", backing=True),
+    Kind("aes", 4096, 256 << 10, 20_000, encrypt="qcow", lazy=True),
 )
+SECRET = ("--object", f"secret,id=s,data={PASSPHRASE.decode()}")
+LUKS = {"format": "luks", "cipher-alg": "aes-128", "iterations": 1000}
+
+
+def source(kind: Kind, image: Path) -> list[str]:
+    """Return how qemu-img is told what to open."""
+    if kind.encrypt is None:
+        return ["-f", "qcow2", str(image)]
+    return [*SECRET, "--image-opts", f"driver=qcow2,file.filename={image},encrypt.key-secret=s"]
+
+
+def opening(kind: Kind) -> dict[str, Any]:
+    """Return the options that open the image."""
+    if kind.encrypt is None:
+        return {}
+    return {"encrypt": {"format": "luks" if kind.encrypt == "luks" else "aes", "key-secret": "s"}}
 
 
 def qemu_img(*arguments: str | Path, accept: tuple[int, ...] = (0,)) -> str:
@@ -70,6 +91,7 @@ async def first_image(kind: Kind, folder: Path) -> MemoryNode:
             lazy_refcounts=kind.lazy,
             backing_file=str(folder / "below.raw") if kind.backing else None,
             backing_fmt="raw" if kind.backing else None,
+            encrypt={"luks": LUKS, "qcow": {"format": "qcow"}}.get(kind.encrypt or ""),
         )
     image = folder / "first.qcow2"
     options = f"cluster_size={kind.cluster},lazy_refcounts={'on' if kind.lazy else 'off'}"
@@ -132,7 +154,11 @@ async def work(kind: Kind, seed: int, folder: Path) -> tuple[Journal, bytes]:
     journal = Journal(bytes(file.content))
     file.delay = random_delay(seed, share=0.9)
     file.recorder = journal
-    options = {"l2_cache_size": rng.choice((None, 1)), "discard_no_unref": kind.no_unref or None}
+    options = {
+        "l2_cache_size": rng.choice((None, 1)),
+        "discard_no_unref": kind.no_unref or None,
+        **opening(kind),
+    }
     node = await open_qcow2(file, backing=below, **options)
     disk = edge(node)
     before = bytes(await disk.pread(0, kind.size))
@@ -148,7 +174,17 @@ async def work(kind: Kind, seed: int, folder: Path) -> tuple[Journal, bytes]:
     if rng.random() < 0.7:
         await node.close()
     assert not node.image.dead
+    if kind.encrypt is not None:
+        _no_plaintext(journal)
     return journal, before
+
+
+def _no_plaintext(journal: Journal) -> None:
+    """Nothing that the guest wrote may have reached the file as it was."""
+    written = b"".join(write.data for write in journal.writes)
+    for op in journal.guest:
+        sample = op.data[:32]
+        assert len(sample) < 32 or not any(sample) or sample not in written, f"plaintext of {op.offset} in the file"
 
 
 async def check_state(kind: Kind, journal: Journal, before: bytes, moment: int, state: bytes, folder: Path) -> None:
@@ -157,20 +193,21 @@ async def check_state(kind: Kind, journal: Journal, before: bytes, moment: int, 
     image = folder / "crashed.qcow2"
     image.write_bytes(state)
     if not kind.lazy:
-        qemu_img("check", "-q", "-f", "qcow2", image, accept=(0, 3))
-    qemu_img("convert", "-f", "qcow2", "-O", "raw", image, folder / "seen.raw")
+        qemu_img("check", "-q", *source(kind, image), accept=(0, 3))
+    qemu_img("convert", "-O", "raw", *source(kind, image), folder / "seen.raw")
     seen = await asyncio.to_thread((folder / "seen.raw").read_bytes)
     journal.check(moment, before, seen)
     file = MemoryNode(state)
-    reader = await open_qcow2(file, backing=below, read_only=True)
+    reader = await open_qcow2(file, backing=below, read_only=True, **opening(kind))
     assert bytes(await edge(reader).pread(0, kind.size)) == seen
-    writer = await open_qcow2(file, backing=below)
+    writer = await open_qcow2(file, backing=below, **opening(kind))
     assert not writer.image_info()["dirty-flag"]
     assert bytes(await edge(writer).pread(0, kind.size)) == seen
     await edge(writer).pwrite(0, b"after the crash")
     await writer.close()
     assert not writer.image.dead
-    qemu_img("check", "-q", "-f", "qcow2", save(file, image), accept=(0,) if kind.lazy else (0, 3))
+    save(file, image)
+    qemu_img("check", "-q", *source(kind, image), accept=(0,) if kind.lazy else (0, 3))
 
 
 @pytest.mark.proof

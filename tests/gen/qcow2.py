@@ -14,7 +14,9 @@ from qmpd.block.graph import Graph
 from qmpd.block.node import BlockNode
 from qmpd.block.options import NodeOptions, OpenFlags
 from qmpd.block.perm import ChildRole, Perm
+from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.drivers._qcow2_create import create_qcow2
+from qmpd.drivers._qcow2_create_crypto import NewEncryption
 from qmpd.drivers._qcow2_options import Qcow2Options
 from qmpd.drivers.qcow2 import Qcow2Node
 from qmpd.events import Event, EventBus
@@ -40,6 +42,9 @@ class Recorder:
         """The flush of that number is done."""
         raise NotImplementedError
 
+
+PASSPHRASE = b"abc123"
+"""What opens every encrypted image of the tests."""
 
 GARBAGE = b"\xd5"
 """What a discarded byte of a file in memory holds: nothing may depend on it."""
@@ -137,6 +142,14 @@ class FakeGraph:
         self.events = EventBus()
         self.seen: list[Event] = []
         self.events.subscribe(self.seen.append)
+        self.objects = Secrets()
+
+
+class Secrets:
+    """Where every id means the passphrase of the tests."""
+
+    def passphrase(self, object_id: str) -> SecretBytes:
+        return SecretBytes(PASSPHRASE)
 
 
 class _Root:
@@ -170,6 +183,8 @@ async def open_qcow2(
     node = Qcow2Node(cast(Graph, graph), "q", NodeOptions(read_only=read_only, discard=discard), {})
     node.children["file"] = edge(file, parent=node)
     await node.open(Qcow2Options(file=node.children["file"], **options))
+    if node.locked:
+        await node.unlock()
     if backing is not None:
         node.children["backing"] = edge(backing, "backing", node)
     return node
@@ -181,8 +196,11 @@ def events_of(node: Qcow2Node) -> list[Event]:
 
 
 async def make(**options: Any) -> MemoryNode:
-    """Return a file in memory with a new image; `options` as for `create_qcow2`."""
+    """Return a file in memory with a new image; `options` as for `create_qcow2`, `encrypt` as on the wire."""
     file = MemoryNode()
+    encrypt = options.pop("encrypt", None)
+    if encrypt is not None:
+        options["encryption"] = NewEncryption({"key-secret": "s", **encrypt}, Secrets(), OpenFlags.NONE)
     await create_qcow2(edge(file), **options)
     return file
 
