@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qmpd.block import filename, opening, ranges
+from qmpd.block import filename, opening, protocol_names, ranges
 from qmpd.block.batch import Batch
 from qmpd.block.node import BlockNode
 from qmpd.block.options import NodeOptions, OpenFlags
@@ -23,8 +23,6 @@ from qmpd.units import align_up
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph, Slow
-
-_PROTOCOL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.")
 
 
 async def open_backing(graph: Graph, node: BlockNode, members: Mapping[str, Any], slow: Slow, depth: int) -> None:
@@ -70,7 +68,7 @@ async def _find(graph: Graph, node: BlockNode, given: Any, slow: Slow, depth: in
     if image_format is not None:
         if image_format not in graph.registry.drivers:
             raise CommandError(f"Unknown driver '{image_format}'")
-        tree = {"driver": image_format, "file": {"driver": "file", "filename": name}}
+        tree = {"driver": image_format, "file": protocol_names.options_of(graph.registry, name)}
         return await opening.open_tree(graph, tree, slow, inherited, depth + 1)
     return await open_probed(graph, name, inherited, slow, depth)
 
@@ -83,15 +81,21 @@ def json_tree(graph: Graph, name: str, image_format: str | None) -> dict[str, An
         value = json.loads(name[len("json:") :])
     except ValueError as error:
         raise CommandError(f"Could not parse the JSON options of '{name}'") from error
-    if isinstance(value, dict) and image_format is not None:
-        value.setdefault("driver", image_format)
+    if isinstance(value, dict):
+        if image_format is not None:
+            value.setdefault("driver", image_format)
+        value = protocol_names.modern(graph.registry, value)
+        if isinstance(value.get("file"), dict):
+            value["file"] = protocol_names.modern(graph.registry, value["file"])
     return graph.validate(value)
 
 
 async def open_probed(graph: Graph, name: str, inherited: NodeOptions, slow: Slow, depth: int) -> BlockNode:
     """Open a backing file whose format the image does not say: it is found by its first bytes."""
     file_options = inherited.inherited_by(NodeOptions())
-    file = await opening.open_tree(graph, {"driver": "file", "filename": name}, slow, file_options, depth + 1)
+    file = await opening.open_tree(
+        graph, protocol_names.options_of(graph.registry, name), slow, file_options, depth + 1
+    )
     try:
         length = align_up(min(probe.PROBE_BYTES, file.size), file.request_alignment)
         head = bytearray(length)
@@ -121,11 +125,13 @@ def full_backing_filename(node: BlockNode) -> str | None:
         return None
     if name.startswith("json:"):
         return name
-    protocol, colon, rest = name.partition(":")
-    if colon and protocol and _PROTOCOL_CHARACTERS.issuperset(protocol):
-        if protocol != "file":
-            raise CommandError(f"Could not open backing file: Unknown protocol '{protocol}'")
-        name = rest
+    protocol = protocol_names.protocol_of(name)
+    if protocol is not None and protocol != "file":
+        if any(protocol in entry.cls.filename_protocols for entry in node.graph.registry.drivers.values()):
+            return name
+        raise CommandError(f"Could not open backing file: Unknown protocol '{protocol}'")
+    if protocol is not None:
+        name = name.partition(":")[2]
     if os.path.isabs(name):
         return name
     own = _protocol_filename(node)
@@ -142,4 +148,6 @@ def _protocol_filename(node: BlockNode) -> str:
         if primary is None:
             return ""
         node = primary.node
+    if node.directory_refusal:
+        raise CommandError(node.directory_refusal)
     return filename.exact_filename(node)

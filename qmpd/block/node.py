@@ -71,6 +71,8 @@ class BlockNode:
                      one of them given, the node's file name becomes a json: one; a name with a dot
                      at its end stands for a list or a dictionary, whose members get dotted names
     has_protocol_name True if a file name may begin with the driver's name, as blkdebug:CONFIG:FILE
+    filename_protocols  what precedes the colon of file names that `parse_filename` understands
+    directory_refusal   why names cannot be relative to this node's, "" if they can
     opens_writing    True if opening a writable node needs a writable file at once (qcow2)
 
     Set by the graph before `open`: name, graph, node_options, given, read_only, children
@@ -89,6 +91,8 @@ class BlockNode:
     locked: bool = True
     opens_writing: ClassVar[bool] = False
     has_protocol_name: ClassVar[bool] = False
+    filename_protocols: ClassVar[Sequence[str]] = ()
+    directory_refusal: ClassVar[str] = ""
 
     def __init__(self, graph: Graph, name: str, node_options: NodeOptions, given: Mapping[str, Any]) -> None:
         """Make an unopened node.
@@ -118,6 +122,18 @@ class BlockNode:
         self.write_threshold = 0
         self.ranges = RangeTable()
         self.dirty_bitmaps: list[DirtyBitmap] = []
+
+    # --- names and old spellings ------------------------------------------------------------
+
+    @staticmethod
+    def parse_filename(name: str) -> dict[str, Any]:
+        """Return the options that a name with one of `filename_protocols` means. Raises CommandError."""
+        raise CommandError(f"Could not parse the file name '{name}'")
+
+    @staticmethod
+    def modern_options(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return loose options (of json: names and command lines) as the schema has them. Raises CommandError."""
+        return tree
 
     # --- life cycle -------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ class NbdNode(BlockNode):
     """The client of one export."""
 
     is_protocol = True
-    strong_options = ("export", "tls-creds", "tls-hostname", "server")
+    strong_options = ("export", "tls-creds", "tls-hostname", "server.")
+    directory_refusal = "Cannot generate a base directory for NBD nodes"
     filename_protocols: ClassVar[Sequence[str]] = nbd_uri.SCHEMES
 
     @staticmethod
@@ -109,6 +110,25 @@ class NbdNode(BlockNode):
         if "server" not in options:
             raise CommandError("NBD server address missing")
         return options
+
+    @staticmethod
+    def modern_options(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Turn `path`, or `host` and `port`, into a `server`. Raises CommandError."""
+        old = {key: str(tree[key]) for key in ("path", "host", "port") if key in tree}
+        if "path" in old and "host" in old:
+            raise CommandError("path and host may not be used at the same time")
+        if "port" in old and "host" not in old and "path" in old:
+            raise CommandError("port may not be used without host")
+        if old and "server" in tree:
+            raise CommandError("Cannot use 'server' and path/host/port at the same time")
+        rest = {key: value for key, value in tree.items() if key not in old}
+        if "path" in old:
+            rest["server"] = {"type": "unix", "path": old["path"]}
+        elif "host" in old:
+            rest["server"] = {"type": "inet", "host": old["host"], "port": old.get("port", nbd_uri.DEFAULT_PORT)}
+        elif "server" not in tree:
+            raise CommandError("NBD server address missing")
+        return rest
 
     # --- life cycle -----------------------------------------------------------------------------------
 

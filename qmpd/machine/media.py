@@ -6,9 +6,9 @@ block/qapi-sysemu.c of QEMU; texts and order of checks as there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qmpd.block import backing, opening
+from qmpd.block import backing, opening, protocol_names
 from qmpd.block.backend import BlockBackend
 from qmpd.block.node import BlockNode
 from qmpd.block.options import NodeOptions
@@ -18,8 +18,6 @@ from qmpd.machine.disk import DiskDevice
 if TYPE_CHECKING:
     from qmpd.block.graph import Slow
     from qmpd.machine.machine import Machine
-
-_PROTOCOL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.")
 
 
 def find_drive(machine: Machine, device: str | None, id_: str | None) -> tuple[DiskDevice, BlockBackend]:
@@ -139,16 +137,12 @@ async def _open_image(
         return await opening.open_tree(graph, {"read-only": read_only, **tree}, slow)
     if image_format is not None and image_format not in graph.registry.drivers:
         raise CommandError(f"Unknown driver '{image_format}'")
-    protocol, colon, rest = filename.partition(":")
-    if colon and protocol and _PROTOCOL_CHARACTERS.issuperset(protocol):
-        if protocol != "file":
-            raise CommandError(f"Unknown protocol '{protocol}'")
-        filename = rest
+    file = protocol_names.options_of(graph.registry, filename)
+    filename = file.get("filename", filename)
     if not filename:
         raise CommandError("The 'file' block driver requires a file name")
     if image_format is None:
         return await backing.open_probed(graph, filename, options, slow, 0)
-    file: dict[str, Any] = {"driver": "file", "filename": filename}
     if graph.registry.drivers[image_format].cls.is_protocol:
         return await opening.open_tree(graph, {**file, "driver": image_format}, slow, options)
     return await opening.open_tree(graph, {"driver": image_format, "file": file}, slow, options)

@@ -248,7 +248,7 @@ class ClientHandshake:
             return False
         if reply.code != OptionReply.ACK:
             text = f"Server answered option {int(option)} ({_OPTION_NAMES[option]}) with unexpected reply "
-            raise self._farewell(f"{text}{reply.code:x} ({_REPLY_NAMES.get(reply.code, '<unknown>')})", None)
+            raise self._farewell(f"{text}{reply.code} ({_REPLY_NAMES.get(reply.code, '<unknown>')})", None)
         if reply.length:
             text = f"Option {int(option)} ('{_OPTION_NAMES[option]}') response length is {reply.length}"
             raise self._farewell(f"{text} (it should be zero)", None)
@@ -263,7 +263,7 @@ class ClientHandshake:
             return None
         if found[1] != self._context:
             asked, answered = _shown(self._context), _shown(found[1])
-            text = f"Failed to negotiate query '{asked}', server answered with different context '{answered}'"
+            text = f"Failed to negotiate meta context '{asked}', server answered with different context '{answered}'"
             raise self._farewell(text, None)
         if (yield from self._one_context()) is not None:
             raise self._farewell("Server answered with more than one context", None)
@@ -280,7 +280,7 @@ class ClientHandshake:
                 raise self._farewell("Unexpected length to ACK response", None)
             return None
         if reply.code != OptionReply.META_CONTEXT:
-            raise self._farewell(_unexpected(reply.code, OptionReply.META_CONTEXT), None)
+            raise self._farewell(f"U{_unexpected(reply.code, OptionReply.META_CONTEXT)}", None)
         if not 4 < reply.length <= 4 + MAX_STRING:
             text = f"Failed to negotiate meta context, server answered with unexpected length {reply.length}"
             raise self._farewell(text, None)
@@ -292,7 +292,7 @@ class ClientHandshake:
         """Ask for the export with its block sizes; None if the server knows no such option."""
         option = Option.GO
         self._send(option, _string(self._name) + struct.pack(">HH", 1, Info.BLOCK_SIZE))
-        result, described = agreed, False
+        result = agreed
         for _ in range(MAX_REPLIES):
             reply = yield from self._reply(option)
             if (yield from self._refused(option, reply)):
@@ -300,18 +300,17 @@ class ClientHandshake:
             if reply.code == OptionReply.ACK:
                 if reply.length:
                     raise self._farewell("server sent invalid NBD_REP_ACK", None)
-                if not described:
+                if not result.flags:
                     raise self._farewell("broken server omitted NBD_INFO_EXPORT", None)
                 return result
             if reply.code != OptionReply.INFO:
-                raise self._farewell(_unexpected(reply.code, OptionReply.INFO), None)
+                raise self._farewell(f"u{_unexpected(reply.code, OptionReply.INFO)}", None)
             if reply.length < 2:
                 raise self._farewell(f"NBD_REP_INFO length {reply.length} is too short", None)
             self._phase = "info type"
             (kind,) = struct.unpack(">H", (yield 2))
             left = reply.length - 2
             if kind == Info.EXPORT:
-                described = True
                 result = yield from self._info_export(left, result)
             elif kind == Info.BLOCK_SIZE:
                 result = yield from self._info_block_size(left, result)
@@ -361,16 +360,14 @@ class ClientHandshake:
                     raise self._farewell(f"No export with name '{_shown(self._name)}' available", None)
                 return
             if reply.code != OptionReply.SERVER:
-                raise self._farewell(_unexpected(reply.code, OptionReply.SERVER), None)
+                raise self._farewell(f"U{_unexpected(reply.code, OptionReply.SERVER)}", None)
             if reply.length < 4 or reply.length > MAX_KEPT_REPLY:
                 raise self._farewell(f"incorrect option length {reply.length}", None)
             self._phase = "export name"
             data = yield reply.length
             (length,) = struct.unpack_from(">I", data)
-            if length > len(data) - 4:
-                raise self._farewell("incorrect option name length", None)
-            if length > MAX_STRING:
-                raise self._farewell(f"export name length {length} is larger than {MAX_STRING}", None)
+            if length > min(len(data) - 4, MAX_STRING):
+                raise self._farewell("incorrect name length in server's list response", None)
             found = found or data[4 : 4 + length] == self._name
         raise self._farewell(f"server lists more than {MAX_REPLIES} exports", None)
 
@@ -416,14 +413,14 @@ class ClientHandshake:
     def _refused(self, option: Option, reply: _Reply, *, tolerant: bool = False) -> Generator[int, bytes, bool]:
         """Read the text of an error reply. True: the server does not know the option; False: it is no error.
 
-        tolerant   any error means that the server cannot do it, unless TLS is what it asks for
+        tolerant   any error means that the server cannot do it
         """
         if not reply.code & _ERROR_BIT:
             return False
         self._phase = "option error message"
         kept = yield min(reply.length, MAX_STRING)
         yield from self._skip(reply.length - len(kept))
-        if reply.code == OptionReply.ERR_UNSUP or (tolerant and reply.code != OptionReply.ERR_TLS_REQD):
+        if reply.code == OptionReply.ERR_UNSUP or tolerant:
             return True
         text = _refusal(reply.code, option)
         hint = "Did you forget a valid tls-creds?\n" if reply.code == OptionReply.ERR_TLS_REQD else ""
@@ -437,7 +434,7 @@ def _refusal(code: int, option: Option) -> str:
         OptionReply.ERR_POLICY: "Denied by server for option",
         OptionReply.ERR_INVALID: "Invalid parameters for option",
         OptionReply.ERR_PLATFORM: "Server lacks support for option",
-        OptionReply.ERR_TLS_REQD: "Server requires TLS for option",
+        OptionReply.ERR_TLS_REQD: "TLS negotiation required before option",
         OptionReply.ERR_SHUTDOWN: "Server shutting down before option",
         OptionReply.ERR_BLOCK_SIZE_REQD: "Server requires INFO_BLOCK_SIZE for option",
     }
@@ -456,7 +453,7 @@ def _answer(value: int) -> str:
 
 
 def _unexpected(found: int, expected: OptionReply) -> str:
-    return f"Unexpected reply type {_answer(found)}, expected {_answer(expected)}"
+    return f"nexpected reply type {_answer(found)}, expected {_answer(expected)}"
 
 
 def _string(data: bytes) -> bytes:

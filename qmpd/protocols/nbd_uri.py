@@ -94,7 +94,9 @@ def _parse_legacy(name: str) -> dict[str, Any]:
         raise BadName("File name string for NBD must start with 'nbd:'")
     where, given, export = name.partition(_EXPORT_NAME)
     options: dict[str, Any] = {}
-    if given and export:
+    if given and not export:
+        return options
+    if given:
         options["export"] = export
     where = where.removeprefix("nbd:")
     if not where:
@@ -107,9 +109,10 @@ def _parse_legacy(name: str) -> dict[str, Any]:
 
 def _legacy_inet(text: str) -> tuple[str, str]:
     address = text.partition(",")[0]
-    match = re.match(r"\[([^]]{1,64})\]:(.+)", address) or re.match(r"([^:]{0,64}):(.+)", address)
+    bracketed = address.startswith("[")
+    match = re.match(r"\[([^]]{1,64})\]:(.+)" if bracketed else r"([^:]{0,64}):(.+)", address)
     if match is None or len(match[2]) > 32:
-        raise BadName(f"error parsing address '{text}'")
+        raise BadName(f"error parsing {'IPv6 ' if bracketed else ''}address '{text}'")
     return match[1], match[2]
 
 

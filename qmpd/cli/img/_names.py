@@ -1,6 +1,6 @@
 """What an image is called on a command line, and how the node that it means is opened.
 
-A name is a path, `file:PATH`, `json:{...}`, or with --image-opts a list of options. Who does not say
+A name is a path, `file:PATH`, `nbd://...`, `json:{...}`, or with --image-opts a list of options. Who does not say
 the format has it probed; what lies below a format is never probed. Model: bdrv_open (QEMU block.c).
 """
 
@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qmpd.block import opening
+from qmpd.block import opening, protocol_names
 from qmpd.block.backend import BlockBackend
 from qmpd.block.batch import Batch
 from qmpd.block.node import BlockNode
@@ -25,12 +25,12 @@ from qmpd.cli.img import _opts
 from qmpd.errors import CommandError, QmpdError
 from qmpd.formats import probe
 from qmpd.qapi import keyval
+from qmpd.qapi.registry import registry
 from qmpd.units import align_up
 
 if TYPE_CHECKING:
     from qmpd.cli.image import Workshop
 
-_PROTOCOL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.")
 PROTOCOL_DRIVERS = frozenset(("file", "host_device", "null-co", "null-aio", "nbd"))
 SIZE_MEMBERS = frozenset(
     ("offset", "size", "cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size")
@@ -199,19 +199,16 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def protocol_tree(name: str) -> dict[str, Any]:
-    """Return the options of the protocol node that a path or `file:PATH` means. Raises CommandError."""
-    if has_protocol(name):
-        scheme, _, rest = name.partition(":")
-        if scheme != "file":
-            raise CommandError(f"Unknown protocol '{scheme}'")
-        name = rest
-    return {"driver": _file_driver(name), "filename": name}
+    """Return the options of the protocol node that a path, `file:PATH` or a URI means. Raises CommandError."""
+    tree = protocol_names.options_of(registry, name)
+    if tree["driver"] == "file":
+        tree["driver"] = _file_driver(tree["filename"])
+    return tree
 
 
 def has_protocol(name: str) -> bool:
     """Say whether a name starts with a protocol, as `nbd:` or `json:`."""
-    scheme, colon, _ = name.partition(":")
-    return bool(colon and scheme) and _PROTOCOL.issuperset(scheme)
+    return protocol_names.protocol_of(name) is not None
 
 
 def _file_driver(path: str) -> str:
@@ -276,11 +273,14 @@ class _Opener:
         if "driver" not in tree:
             if not protocol:
                 raise CommandError("Must specify either driver or file")
-            tree.update(protocol_tree(str(tree.get("filename", ""))))
+            tree["driver"] = _file_driver(str(tree.get("filename", "")))
         driver = str(tree["driver"])
         entry = self.shop.graph.registry.drivers.get(driver)
         if entry is None:
             raise CommandError(f"Unknown driver '{driver}'")
+        changed = entry.cls.modern_options(dict(tree))
+        tree.clear()
+        tree.update(changed)
         known = self.shop.member_names("BlockdevOptions", driver)
         for member, value in tree.items():
             if member in GENERIC_MEMBERS:
