@@ -259,7 +259,8 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
                 continue
             if plan.host and not plan.entry & ZERO:
                 for piece in plan.pieces:
-                    ready.append(Request(plan.host + piece.start, piece.view, piece.request))
+                    at = plan.host + piece.start
+                    ready.append(Placed(at, plan.guest + piece.start, piece.view, piece.request))
             else:
                 todo.append(plan)
         wanting = [plan for plan in todo if not plan.host]
