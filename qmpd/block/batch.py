@@ -13,6 +13,8 @@ class WriteFlags(enum.IntFlag):
     MAY_UNMAP   (zero writes) the range may be deallocated
     NO_FALLBACK (zero writes) fail with ENOTSUP instead of writing zeroes slowly
     UNCHANGED   the data visible at this node does not change (copy-on-read)
+    COMPRESSED  store the data compressed; only for nodes whose `supports_compressed` is true, in whole
+                clusters of the image (its last one may be shorter)
     """
 
     NONE = 0
@@ -20,6 +22,7 @@ class WriteFlags(enum.IntFlag):
     MAY_UNMAP = 2
     NO_FALLBACK = 4
     UNCHANGED = 8
+    COMPRESSED = 16
 
 
 class Request:

@@ -58,6 +58,11 @@ class FilterNode(BlockNode):
         await self.file.node.truncate(size, exact=exact, preallocation=preallocation)
         self.size = self.file.size
 
+    @property
+    def supports_compressed(self) -> bool:
+        """True if this filter passes compressed writes on to a node that takes them."""
+        return self.can_compress and self.file.node.supports_compressed
+
     def child_resized(self) -> None:
         """Follow the child."""
         self.size = self.file.size

@@ -74,6 +74,7 @@ class BlockNode:
     filename_protocols  what precedes the colon of file names that `parse_filename` understands
     directory_refusal   why names cannot be relative to this node's, "" if they can
     opens_writing    True if opening a writable node needs a writable file at once (qcow2)
+    can_compress     True if the driver stores compressed clusters, or passes them on (COMPRESSED)
 
     Set by the graph before `open`: name, graph, node_options, given, read_only, children
     Set by a driver with backing in `open`: backing_file, backing_format, as the image names them
@@ -91,6 +92,7 @@ class BlockNode:
     locked: bool = True
     opens_writing: ClassVar[bool] = False
     has_protocol_name: ClassVar[bool] = False
+    can_compress: ClassVar[bool] = False
     filename_protocols: ClassVar[Sequence[str]] = ()
     directory_refusal: ClassVar[str] = ""
 
@@ -306,6 +308,11 @@ class BlockNode:
     def describe_parent(self) -> str:
         """(Parent) Name this node in a permission conflict."""
         return f"node '{self.name}'"
+
+    @property
+    def supports_compressed(self) -> bool:
+        """True if writes may carry COMPRESSED."""
+        return self.can_compress
 
     @property
     def writable(self) -> bool:

@@ -44,7 +44,7 @@ from qmpd.formats.qcow2_header import (
     Header,
 )
 from qmpd.formats.qcow2_snapshot import BITMAP_IN_USE, FLAGS_OFFSET
-from qmpd.units import KiB, align_up
+from qmpd.units import SECTOR, KiB, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
@@ -260,6 +260,7 @@ class Image:
     def free(self, first: int, count: int, reason: str) -> None:
         """Give up one reference to `count` host clusters; nothing in memory refers to them any more."""
         self.file.debug_event("cluster_free")
+        self.refcounts.close_tail(first, count)
         self._pending.append(Freed(self._generation, first, count, reason))
 
     # --- writing metadata -------------------------------------------------------------------
@@ -437,6 +438,8 @@ class Image:
             return
         await self.write_metadata(durable=True, everything=True)
         await self.write_metadata(durable=True, everything=True)
+        if self.file.size % SECTOR:  # compressed data ends anywhere, but direct I/O reads sectors
+            await self.file.pwrite(self.file.size, bytes(-self.file.size % SECTOR))
         if self.header.incompatible & DIRTY:
             await self.set_incompatible(self.header.incompatible & ~DIRTY)
 

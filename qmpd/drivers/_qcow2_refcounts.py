@@ -42,6 +42,7 @@ class Refcounts:
     moved         first cluster and clusters of the table's old place while the header on disk
                   does not know the new one yet
     hint          no free cluster lies below this one
+    tail          host offset after the last compressed data, where more fits into its cluster; 0: nowhere
     damaged       a check found the structure itself broken
     """
 
@@ -62,6 +63,7 @@ class Refcounts:
         self.dirty: set[int] = set()
         self.moved: tuple[int, int] | None = None
         self.hint = 0
+        self.tail = 0
         self.damaged = False
 
     # --- single refcounts -------------------------------------------------------------------
@@ -139,6 +141,8 @@ class Refcounts:
         A refcount that would leave its range is EINVAL: the image is inconsistent. Decrements
         never make a block; increments do. Raises OSError.
         """
+        if delta < 0:
+            self.close_tail(cluster, count)
         end = cluster + count
         while cluster < end:
             found = await self._slice(cluster)
@@ -182,6 +186,40 @@ class Refcounts:
             await self.give_back(runs)
             raise
         return runs
+
+    def close_tail(self, first: int, count: int) -> None:
+        """Pack nothing more into these clusters: they are being given up."""
+        if self.tail and first <= self.tail >> self.cluster_bits < first + count:
+            self.tail = 0
+
+    async def allocate_bytes(self, length: int) -> int:
+        """Take room for compressed data, one cluster of it at most, right after the last if it fits there.
+
+        Every cluster that it touches has one more reference. Returns the host offset. Raises OSError.
+        """
+        bits = self.cluster_bits
+        start = self.tail
+        if start and await self.get(start >> bits) in (0, self.codec.maximum):
+            start = 0
+        if not start or -start % self.cluster_size < length:
+            [(fresh, _)] = await self.allocate(1, "compressed cluster")
+            if not start or self.tail != start or (start >> bits) + 1 != fresh:
+                start = fresh << bits
+            else:
+                await self._add_to_tail(start >> bits, fresh)
+        else:
+            await self._add_to_tail(start >> bits, None)
+        end = start + length
+        self.tail = end if end & self.cluster_size - 1 else 0
+        return start
+
+    async def _add_to_tail(self, cluster: int, fresh: int | None) -> None:
+        try:
+            await self.add(cluster, 1, 1)
+        except OSError:
+            if fresh is not None:
+                await self.give_back([(fresh, 1)])
+            raise
 
     async def _take_checked(self, most: int, what: str) -> tuple[int, int]:
         """Take neighbours as `_take` does, but never the header of an image with wrong refcounts."""

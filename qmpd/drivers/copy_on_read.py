@@ -33,6 +33,8 @@ class CorOptions:
 class CopyOnReadNode(FilterNode):
     """Copies what it reads."""
 
+    can_compress = True
+
     async def open(self, options: CorOptions) -> None:
         """Find the bottom node, which must lie below."""
         self.attach_file(options.file)

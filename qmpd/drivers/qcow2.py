@@ -28,6 +28,7 @@ from qmpd.drivers._qcow2_bitmaps import (
     store_bitmaps,
 )
 from qmpd.drivers._qcow2_check import CheckResult, check_image
+from qmpd.drivers._qcow2_compressed import write_compressed
 from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import map_range
@@ -55,6 +56,7 @@ class Qcow2Node(BlockNode):
 
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.IMAGE}
     supports_backing = True
+    can_compress = True
     opens_writing = True
     strong_options = ("encrypt.key-secret",)
 
@@ -155,6 +157,11 @@ class Qcow2Node(BlockNode):
         if self.image.encryption is not None:
             self.image.encryption.wipe()
 
+    @property
+    def supports_compressed(self) -> bool:
+        """True unless the image is encrypted: what is compressed would be stored in plain text."""
+        return self.image.encryption is None
+
     # --- I/O --------------------------------------------------------------------------------------
 
     def _backing(self) -> Child | None:
@@ -166,7 +173,10 @@ class Qcow2Node(BlockNode):
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write into clusters, allocating those that are missing or shared."""
-        await write_batch(self.image, batch, self._backing(), self.size)
+        if flags & WriteFlags.COMPRESSED:
+            await write_compressed(self.image, batch, self._backing(), self.size)
+        else:
+            await write_batch(self.image, batch, self._backing(), self.size)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
         """Mark whole clusters as zero; write zeroes to parts of clusters."""

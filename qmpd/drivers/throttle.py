@@ -31,6 +31,7 @@ class ThrottleNode(FilterNode):
     """A member of a throttle group."""
 
     strong_options = ("throttle-group",)
+    can_compress = True
 
     async def open(self, options: ThrottleOptions) -> None:
         """Join the group."""

@@ -10,7 +10,11 @@ ZLIB, ZSTD = 0, 1
 """Compression types of the header."""
 
 _WINDOW_BITS = -15
-"""Raw deflate; QEMU writes with a window of 12 bits, other writers may use more."""
+_WRITE_WINDOW_BITS = -12
+"""Raw deflate; QEMU writes and reads with a window of 12 bits, other writers may use more."""
+
+
+_MEMORY_LEVEL = 9
 
 
 def _find_zstd() -> Any:
@@ -29,6 +33,17 @@ _DAMAGED: tuple[type[Exception], ...] = (zlib.error,) if _zstd is None else (zli
 def can_decompress(kind: int) -> bool:
     """Say whether clusters of this compression type can be read here."""
     return kind == ZLIB or (kind == ZSTD and _zstd is not None)
+
+
+def compress(kind: int, data: bytes | bytearray | memoryview, limit: int) -> bytes | None:
+    """Return the compressed bytes of a cluster, None if they are more than `limit`. Runs in any thread."""
+    packed: bytes
+    if kind == ZLIB:
+        packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WRITE_WINDOW_BITS, _MEMORY_LEVEL)
+        packed = packer.compress(data) + packer.flush()
+    else:
+        packed = _zstd.compress(data)
+    return packed if len(packed) <= limit else None
 
 
 def decompress(kind: int, data: bytes | bytearray | memoryview, size: int) -> bytes:

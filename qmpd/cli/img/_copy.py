@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -182,20 +182,11 @@ class Copier:
 
     async def _write(self, writes: Batch, holes: list[tuple[int, int]]) -> None:
         if writes:
-            if self.compress:
-                await self._write_compressed(writes)
-            else:
-                await self.target.pwritev(writes, self.flags)
+            compressed = WriteFlags.COMPRESSED if self.compress else WriteFlags.NONE
+            await self.target.pwritev(writes, self.flags | compressed)
             writes.raise_first()
         for offset, length in holes:
             await self.target.pwrite_zeroes(offset, length, WriteFlags.MAY_UNMAP | self.flags)
-
-    async def _write_compressed(self, writes: Batch) -> None:
-        node = self.target.node
-        assert node is not None
-        compressed: Callable[[int, memoryview], Awaitable[None]] = node.pwrite_compressed  # type: ignore[attr-defined]
-        for request in writes:
-            await compressed(request.offset, request.view)
 
     def _plan(self, window: _Window, reads: Batch, buffer: bytearray) -> tuple[Batch, list[tuple[int, int]]]:
         """Return what is to be written where in the target, as data and as holes."""

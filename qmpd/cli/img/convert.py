@@ -151,11 +151,8 @@ class _Conversion:
     def _check_compression(self, image_format: str) -> None:
         """Refuse -c for a driver that does not write compressed clusters. Raises CommandError."""
         known_options(self.shop, image_format)
-        if hasattr(self.shop.graph.registry.drivers[image_format].cls, "pwrite_compressed"):
-            return
-        if image_format == "qcow2":
-            raise CommandError("Writing compressed clusters is not supported by qmpd")
-        raise CommandError("Compression not supported for this file format")
+        if not self.shop.graph.registry.drivers[image_format].cls.can_compress:
+            raise CommandError("Compression not supported for this file format")
 
     def _source_wish(self) -> Wish:
         args = self.args
@@ -235,7 +232,7 @@ class _Conversion:
             zeroes = Zeroes.PUNCH if knows_zeroes(node) else Zeroes.WRITE
         placed, start = [], 0
         cluster = int(node.image_info().get("cluster-size", 0)) if args.compress else 0
-        if args.compress and not hasattr(node, "pwrite_compressed"):
+        if args.compress and not node.supports_compressed:
             raise CommandError("Compression not supported for this file format")
         for source in sources:
             if cluster and start % cluster:
