@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ class DirtyBitmap:
         self._shift = granularity.bit_length() - 1
         self._chunks: dict[int, bytes | bytearray] = {}
         self._count = 0
+        self._order: list[int] | None = None
         self._lock = threading.Lock()
 
     # --- what it says -------------------------------------------------------------------------
@@ -107,7 +109,10 @@ class DirtyBitmap:
         """
         at, dirty = start, self.get(start) if start < end else False
         while at < end:
-            stop = min(self._next(at, not dirty), end)
+            stop = self._next(at, not dirty)
+            if not dirty and stop >= self.size:
+                stop = end  # also where the range goes on behind the end of the bitmap
+            stop = min(stop, end)
             yield at, stop - at, dirty
             at, dirty = stop, not dirty
 
@@ -148,10 +153,10 @@ class DirtyBitmap:
         """Return the bit at which to go on after chunk `number`; clean chunks are leapt over."""
         if not dirty:
             return (number + 1) * CHUNK_BITS
-        later = number + 1
-        if later in self._chunks:
-            return later * CHUNK_BITS
-        return min((one for one in self._chunks if one > number), default=bits // CHUNK_BITS + 1) * CHUNK_BITS
+        if self._order is None:
+            self._order = sorted(self._chunks)
+        at = bisect_right(self._order, number)
+        return (self._order[at] if at < len(self._order) else bits // CHUNK_BITS + 1) * CHUNK_BITS
 
     def serialize(self, offset: int, length: int) -> bytes:
         """Return the bits from byte `offset` on as `length` bytes, least significant bit first.
@@ -212,6 +217,7 @@ class DirtyBitmap:
             chunk = chunks.get(number)
             if stop - bit == CHUNK_BITS:
                 self._count += (CHUNK_BITS if dirty else 0) - _ones(chunk)
+                self._order = None
                 if dirty:
                     chunks[number] = _FULL
                 else:
@@ -224,6 +230,7 @@ class DirtyBitmap:
         low, high = bit >> 3, (stop + 7) >> 3
         if chunk is None:
             chunk = bytearray(CHUNK_BYTES)
+            self._order = None
         old = int.from_bytes(chunk[low:high], "little")
         mask = (1 << stop - low * 8) - (1 << bit - low * 8)
         new = old | mask if dirty else old & ~mask
@@ -240,6 +247,7 @@ class DirtyBitmap:
         with self._lock:
             self._chunks = {}
             self._count = 0
+            self._order = None
 
     def load(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Replace the bits from byte `offset` on by serialised ones; see `serialize`.
@@ -263,6 +271,7 @@ class DirtyBitmap:
     def _put(self, number: int, chunk: bytearray, old: bytes | bytearray | None) -> None:
         ones = _ones(chunk)
         self._count += ones - _ones(old)
+        self._order = None
         if ones:
             self._chunks[number] = chunk if ones < CHUNK_BITS else _FULL
         else:
@@ -315,6 +324,7 @@ class DirtyBitmap:
         """Take back the bits that `snapshot` copied."""
         with self._lock:
             self._chunks, self._count = copy._chunks, copy._count
+            self._order = None
 
     def __repr__(self) -> str:
         return f"<DirtyBitmap {self.name!r} {self.count}/{self.size} granularity={self.granularity}>"

@@ -40,7 +40,7 @@ async def chain_status(backend: BlockBackend, offset: int, length: int) -> list[
 
 async def _layers(node: BlockNode, offset: int, length: int, level: int) -> list[Stretch]:
     found: list[Stretch] = []
-    below = node.children.get("backing")
+    below = node.children.get("backing") or (node.primary() if node.is_filter else None)
     for extent in await node.block_status(offset, length):
         if extent.allocated:
             state = (0 if extent.data else STATE_HOLE) | (STATE_ZERO if extent.zero else 0)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from qmpd.aio.pool import BufferPool
 from qmpd.block.backend import BlockBackend
-from qmpd.protocols.nbd import ALLOCATION, DEPTH, ExportInfo, TransmissionFlag
+from qmpd.protocols.nbd import ALLOCATION, BITMAP_PREFIX, DEPTH, ExportInfo, TransmissionFlag
 from qmpd.units import is_power_of_two
+
+if TYPE_CHECKING:
+    from qmpd.block.dirty_bitmap import DirtyBitmap
 
 _LARGEST_MINIMUM = 64 << 10
 """Bytes; the document allows no larger minimum block size."""
@@ -30,8 +34,8 @@ _WRITABLE = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | Tr
 MAX_STRETCHES = 1024
 """Separate stretches of data that are remembered per export."""
 
-CONTEXT_ALLOCATION, CONTEXT_DEPTH = 0, 1
-"""Ids of metadata contexts on the wire, the same on every connection."""
+CONTEXT_ALLOCATION, CONTEXT_DEPTH, CONTEXT_BITMAP = 0, 1, 2
+"""Ids of metadata contexts on the wire, the same on every connection; bitmaps count on from theirs."""
 
 
 class Client(Protocol):
@@ -47,6 +51,7 @@ class NbdTarget:
     name, description   as the client reads them, bytes
     writethrough        every write is made durable before it is answered
     depth               `qemu:allocation-depth` is offered
+    bitmaps             offered as `qemu:dirty-bitmap:NAME`, in this order
     buffers             memory for what is read and received. It only ever holds data of this
                         export, and is unmapped with it: reuse shows a client nothing it could not
                         read anyway, so buffers are not wiped in between
@@ -61,8 +66,10 @@ class NbdTarget:
         read_only: bool = True,
         writethrough: bool = False,
         depth: bool = False,
+        bitmaps: Sequence[DirtyBitmap] = (),
     ) -> None:
         self.backend = backend
+        self.bitmaps = tuple(bitmaps)
         self.name, self.description = name, description
         self.read_only, self.writethrough, self.depth = read_only, writethrough, depth
         self.buffers = BufferPool()
@@ -76,6 +83,8 @@ class NbdTarget:
         contexts = [(CONTEXT_ALLOCATION, ALLOCATION)]
         if self.depth:
             contexts.append((CONTEXT_DEPTH, DEPTH))
+        for number, bitmap in enumerate(self.bitmaps, CONTEXT_BITMAP):
+            contexts.append((number, BITMAP_PREFIX + (bitmap.name or "").encode("utf-8", "surrogateescape")))
         node = self.backend.node
         alignment = node.request_alignment if node is not None else 1
         if not is_power_of_two(alignment) or alignment > _LARGEST_MINIMUM:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Protocol
 from qmpd.aio.pool import PooledBuffer
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.batch import Request as Piece
-from qmpd.exporting.nbd_status import chain_status
-from qmpd.exporting.nbd_target import CONTEXT_ALLOCATION, NbdTarget
+from qmpd.exporting.nbd_status import Stretch, chain_status
+from qmpd.exporting.nbd_target import CONTEXT_ALLOCATION, CONTEXT_BITMAP, NbdTarget
 from qmpd.protocols.nbd import MAX_EXTENTS, STATE_ZERO, Command, CommandFlag, NbdError, Style, to_nbd_error
 from qmpd.protocols.nbd_transmission import Replies, Request, merged_extents
 from qmpd.units import GiB, KiB, MiB
@@ -239,9 +239,17 @@ class Worker:
         wanted = self._contexts if request.contexts is None else request.contexts
         one = bool(request.flags & _REQ_ONE)
         chunks = []
-        found = await chain_status(self._backend, request.offset, request.length)
+        found: list[Stretch] = []
+        if any(number < CONTEXT_BITMAP for number in wanted):
+            found = await chain_status(self._backend, request.offset, request.length)
         for number in wanted:
-            kinds = [(part.length, part.state if number == CONTEXT_ALLOCATION else part.depth) for part in found]
+            if number >= CONTEXT_BITMAP:
+                runs = self._target.bitmaps[number - CONTEXT_BITMAP].runs(
+                    request.offset, request.offset + request.length
+                )
+                kinds: Iterable[tuple[int, int]] = ((length, int(dirty)) for _, length, dirty in runs)
+            else:
+                kinds = [(part.length, part.state if number == CONTEXT_ALLOCATION else part.depth) for part in found]
             extents = merged_extents(kinds, 1 if one else MAX_EXTENTS, wide=self._style is Style.EXTENDED)
             chunks.append((number, extents))
         for position, (number, extents) in enumerate(chunks):

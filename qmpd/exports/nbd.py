@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qmpd.block import dirty_bitmap
 from qmpd.block.backend import BlockBackend
+from qmpd.block.dirty_bitmap import DirtyBitmap
+from qmpd.block.node import BlockNode
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
 from qmpd.exporting import endpoint
@@ -56,8 +59,7 @@ class NbdExport(BlockExport):
         if server.has(name.encode()):
             raise CommandError(f"NBD server already has export named '{name}'")
         self.backend.set_perm(self.backend.perm, Perm.ALL & ~Perm.RESIZE)
-        for bitmap in options.bitmaps or ():
-            self._refuse_bitmap(bitmap)
+        self._bitmaps = [self._find_bitmap(node, bitmap) for bitmap in options.bitmaps or ()]
         self._server = server
         self._target = NbdTarget(
             self.backend,
@@ -66,16 +68,32 @@ class NbdExport(BlockExport):
             read_only=not self.common.writable,
             writethrough=self.common.writethrough,
             depth=options.allocation_depth,
+            bitmaps=self._bitmaps,
         )
+        for bitmap in self._bitmaps:
+            bitmap.busy = True
         await self.exports.graph.runner.run(server.add(self._target))
 
-    def _refuse_bitmap(self, bitmap: str | Mapping[str, Any]) -> None:
-        """Say that a bitmap is not there: nodes have none yet."""
-        if isinstance(bitmap, str):
-            raise CommandError(f"Bitmap '{bitmap}' is not found")
-        if self.exports.graph.get(bitmap["node"]) is None:
-            raise CommandError(f"Node '{bitmap['node']}' not found")
-        raise CommandError(f"Dirty bitmap '{bitmap['name']}' not found")
+    def _find_bitmap(self, node: BlockNode, wanted: str | Mapping[str, Any]) -> DirtyBitmap:
+        """Return a bitmap of the node or of those below it, or one named with its node. Raises CommandError."""
+        if isinstance(wanted, str):
+            found = _below_too(node, wanted)
+            if found is None:
+                raise CommandError(f"Bitmap '{wanted}' is not found")
+            owner, bitmap = found
+            if not self.common.writable and owner.writable and bitmap.enabled:
+                raise CommandError(f"Enabled bitmap '{wanted}' incompatible with readonly export")
+        else:
+            owner = self._named(wanted["node"])
+            bitmap = dirty_bitmap.find(owner, wanted["name"])
+        bitmap.check(readonly=True)
+        return bitmap
+
+    def _named(self, name: str) -> BlockNode:
+        try:
+            return self.exports.graph.lookup(name, name)
+        except CommandError as error:
+            raise CommandError(f"Node '{name}' not found") from error
 
     async def begin_stop(self, *, only_idle: bool) -> bool:
         """Let no more clients in, unless there are some and `only_idle` forbids it."""
@@ -89,6 +107,19 @@ class NbdExport(BlockExport):
             await self._target.end_clients()
 
         await self.exports.graph.runner.run(work())
+        for bitmap in self._bitmaps:
+            bitmap.busy = False
+
+
+def _below_too(node: BlockNode | None, name: str) -> tuple[BlockNode, DirtyBitmap] | None:
+    """Return the bitmap `name` and its node: of `node`, or of what it filters or is backed by."""
+    while node is not None:
+        for bitmap in node.dirty_bitmaps:
+            if bitmap.name == name:
+                return node, bitmap
+        edge = node.children.get("backing") or (node.primary() if node.is_filter else None)
+        node = None if edge is None else edge.node
+    return None
 
 
 class NbdEndpoint:

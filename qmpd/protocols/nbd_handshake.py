@@ -337,13 +337,17 @@ class Handshake:
         cursor = _Cursor(data, option)
         export = self._find(cursor.name())
         count = cursor.u32()
-        matched: set[bytes] = set()
+        matched: set[int] = set()
+        first = {name: number for number, name in reversed(export.contexts)}
         for _ in range(count):
             query = cursor.take(cursor.u32())
-            matched.update(name for _, name in export.contexts if _matches(query, name, listing=not selecting))
+            if query in first:
+                matched.add(first[query])
+            elif not selecting:
+                matched.update(number for number, name in export.contexts if _in_group(query, name))
         cursor.end()
         everything = not selecting and not count
-        chosen = tuple(one for one in export.contexts if everything or one[1] in matched)
+        chosen = tuple(one for one in export.contexts if everything or one[0] in matched)
         for number, name in chosen:
             self._reply(option, OptionReply.META_CONTEXT, _U32.pack(number if selecting else 0) + name)
         if selecting:
@@ -405,12 +409,8 @@ def _string(text: bytes) -> bytes:
     return _U32.pack(len(text)) + text
 
 
-def _matches(query: bytes, name: bytes, *, listing: bool) -> bool:
-    """Say whether `query` means the context `name`; wildcards only count when contexts are listed."""
-    if query == name:
-        return True
-    if not listing:
-        return False
+def _in_group(query: bytes, name: bytes) -> bool:
+    """Say whether `query`, when contexts are listed, means a group to which the context `name` belongs."""
     if query == b"base:":
         return name == ALLOCATION
     if query == b"qemu:":
