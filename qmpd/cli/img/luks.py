@@ -51,11 +51,12 @@ class Luks:
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        common(parser, "quiet", "format", "image_opts", "objects", "output")
+        common(parser, "quiet", "image_opts", "objects", "output")
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         shown = {verb: f"{verb} IMAGE{' FILE' if count > 1 else ''}" for verb, (count, _) in VERBS.items()}
         parser.epilog = "\n".join(f"  {shown[verb]:<21} {text}" for verb, (_, text) in VERBS.items())
         add = parser.add_argument
+        add("-f", "--format", metavar="FMT", help="what the header lies in (default: raw)")
         add("--force", action="store_true", help="also what may make the data unreadable for good")
         add("-d", "--key-file", metavar="FILE", help="the passphrase that there is; - reads standard input")
         add("--new-key-file", metavar="FILE", help="the new passphrase")
