@@ -80,8 +80,19 @@ class _Words:
             raise Done(str(error).rstrip("\n")) from error
 
 
+def _take_policy(start: Start) -> None:
+    """Set what LUKS volumes must be like, before any is opened."""
+    for one in start.given:
+        if one.name == "luks-policy":
+            from qmpd.luks.policy import parse_policy, set_policy
+
+            with _Words(one.words):
+                set_policy(parse_policy(one.value))
+
+
 async def _apply_storage(daemon: Daemon, start: Start) -> None:
     """Apply every option in the order given."""
+    _take_policy(start)
     configure = Configurator(daemon.services, daemon.monitors)
     ctx = daemon.context()
     for one in start.given:
@@ -101,6 +112,8 @@ async def _apply_storage(daemon: Daemon, start: Start) -> None:
                     await _add_export(configure, ctx, one)
                 case "nbd-server":
                     await configure.start_nbd_server(ctx, one.value)
+                case "luks-policy":
+                    pass
                 case name:
                     raise AssertionError(name)
     _adopt_passed(daemon)
@@ -126,6 +139,7 @@ async def _apply_system(daemon: Daemon, start: Start) -> None:
     from qmpd.daemon import system_options
     from qmpd.machine.machine import Machine
 
+    _take_policy(start)
     daemon.services.graph.open_flags |= OpenFlags.NO_AES
     configure = Configurator(daemon.services, daemon.monitors)
     ctx = daemon.context()

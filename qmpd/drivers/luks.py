@@ -24,6 +24,7 @@ from qmpd.block.perm import ChildRole, Perm
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
+from qmpd.luks import policy
 from qmpd.luks.binding import ID_SIZE, Bindings, Markable, below_filters, binding_key, payload_on
 from qmpd.luks.detect import read_header
 from qmpd.luks.encrypt import Encryption, drop_journal, journal_key
@@ -132,6 +133,9 @@ class LuksNode(BlockNode):
             await self.encryption.load()
         self._refresh_size()
         note_use(self, use)
+        for field, value, rule in policy.current().warnings(self.volume.costs()):
+            _log.warning("node '%s': the %s is %d, below %s", self.name, field, value, rule)
+            self.graph.events.emit("X_LUKS_POLICY", node_name=self.name, field=field, value=value, rule=rule)
 
     def _refresh_size(self) -> None:
         if self.volume.payload_offset > self.file.size:

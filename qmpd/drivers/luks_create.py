@@ -64,6 +64,7 @@ class LuksCreateOptions:
     pbkdf_parallel: int | None = None
     label: str | None = None
     subsystem: str | None = None
+    force: bool = False
 
     def luks1(self) -> Luks1Options:
         """Return what concerns a LUKS1 header. Raises CommandError for options that are LUKS2's alone."""

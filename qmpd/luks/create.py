@@ -19,6 +19,7 @@ from qmpd.crypto.kdf import DEFAULT_ITER_TIME_MS, MIN_ITERATIONS, iterations_for
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.formats import luks1
+from qmpd.luks.policy import current
 from qmpd.luks.volume import HeaderIO
 from qmpd.luks.work import derive
 from qmpd.units import SECTOR, align_up
@@ -32,6 +33,7 @@ class Luks1Options:
     ivgen_hash_alg  for essiv only                         iter_time       milliseconds
     iterations      exact count for the slot instead of a time; never fewer than MIN_ITERATIONS
     uuid            the volume's UUID, random by default
+    force           make also what the policy has floors for
     """
 
     cipher_alg: str | None = None
@@ -42,6 +44,7 @@ class Luks1Options:
     iter_time: int | None = None
     iterations: int | None = None
     uuid: str | None = None
+    force: bool = False
 
     @property
     def hash(self) -> str:
@@ -110,6 +113,7 @@ def make_volume(
 ) -> tuple[luks1.Luks1Header, bytearray]:
     """Return a header whose slot 0 takes the passphrase, and that slot's key material; takes long."""
     spec, hash_name = options.spec(), options.hash
+    current().check_new(1, spec, hash_name, "pbkdf2")
     key = bytearray(random(spec.key_length))
     try:
         wanted = _iterations(options, hash_name, spec.key_length)
@@ -125,9 +129,9 @@ def make_volume(
 
 def _iterations(options: Luks1Options, hash_name: str, length: int) -> int:
     if options.iterations is not None:
-        return max(options.iterations, MIN_ITERATIONS)
+        return current().iterations(options.iterations, exact=True, force=options.force)
     milliseconds = DEFAULT_ITER_TIME_MS if options.iter_time is None else options.iter_time
-    return iterations_for(hash_name, length, milliseconds)
+    return current().iterations(iterations_for(hash_name, length, milliseconds), exact=False, force=options.force)
 
 
 def fill_slot(

@@ -36,6 +36,7 @@ from qmpd.formats.luks2_json import STRIPES, Kdf, dump_json
 from qmpd.luks.create import Luks1Options
 from qmpd.luks.luks2 import parse_encryption
 from qmpd.luks.memory import RESERVE_KIB, available
+from qmpd.luks.policy import current
 from qmpd.luks.volume import HeaderIO
 from qmpd.luks.work import derive, derive_heavy
 from qmpd.units import SECTOR, KiB, MiB, align_up
@@ -134,6 +135,7 @@ async def create_luks2(
     if target.size < header_length():
         raise CommandError(f"The LUKS header takes {header_length()} bytes, there are {target.size}")
     spec = options.checked()
+    current().check_new(2, spec, options.hash, options.kdf_type)
     key = bytearray(random(spec.key_length))
     try:
         digest = await derive(lambda: make_digest(options, key, random))
@@ -222,11 +224,12 @@ async def costs_for(options: Luks2Options) -> Kdf:
 
     Raises CommandError for costs that are impossible, NotEnoughMemory.
     """
-    kind, rounds = options.kdf_type, options.iterations
+    kind, rounds, exact = options.kdf_type, options.iterations, options.iterations is not None
     if kind == "pbkdf2":
         if rounds is None:
             rounds = await derive(lambda: iterations_for(options.hash, AREA_KEY_SIZE, _iter_time(options)))
-        return Kdf(kind, "", hash=options.hash, iterations=max(rounds, MIN_ITERATIONS))
+        rounds = current().iterations(rounds, exact=exact, force=options.force)
+        return Kdf(kind, "", hash=options.hash, iterations=rounds)
     cpus = options.pbkdf_parallel or min(DEFAULT_PARALLEL, os.cpu_count() or 1)
     memory = options.pbkdf_memory
     if memory is None:
@@ -234,13 +237,15 @@ async def costs_for(options: Luks2Options) -> Kdf:
         memory = DEFAULT_MEMORY_KIB if free is None else min(DEFAULT_MEMORY_KIB, (free - RESERVE_KIB) // 2)
         memory = max(memory, MIN_MEMORY_KIB, 8 * cpus)
     if rounds is not None:
-        return Kdf(kind, "", time=max(rounds, MIN_PASSES), memory=memory, cpus=cpus)
+        exactly = Kdf(kind, "", time=max(rounds, MIN_PASSES), memory=memory, cpus=cpus)
+        return current().argon2(exactly, exact=True, force=options.force)
     trial = min(memory, max(_TRIAL_MEMORY_KIB, 8 * cpus))
     speed = await derive_heavy(lambda: _argon2_speed(kind, trial, cpus), trial, "Measuring argon2")
     work = speed * _iter_time(options) / 1000
     memory = min(memory, max(trial, int(work) // MIN_PASSES))
     passes = min(max(MIN_PASSES, int(work) // memory), MAX_ARGON2_TIME)
-    return Kdf(kind, "", time=passes, memory=memory, cpus=min(cpus, MAX_ARGON2_CPUS))
+    measured = Kdf(kind, "", time=passes, memory=memory, cpus=min(cpus, MAX_ARGON2_CPUS))
+    return current().argon2(measured, exact=False, force=options.force)
 
 
 def _argon2_speed(kind: str, memory: int, cpus: int) -> float:

@@ -13,7 +13,7 @@ import os
 from dataclasses import replace
 
 from qmpd.crypto.hashes import digest_size
-from qmpd.crypto.kdf import DEFAULT_ITER_TIME_MS, MIN_ITERATIONS, check_pbkdf2_iterations, iterations_for
+from qmpd.crypto.kdf import DEFAULT_ITER_TIME_MS, check_pbkdf2_iterations, iterations_for
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.formats import luks1
@@ -22,6 +22,7 @@ from qmpd.luks.create import fill_slot
 from qmpd.luks.detect import is_luks2
 from qmpd.luks.edits import KeyslotEdit, Passphrase, choose_slots
 from qmpd.luks.keys2 import edit_luks2
+from qmpd.luks.policy import current
 from qmpd.luks.volume import HeaderIO, Luks1Volume, open_slot, read_padded
 from qmpd.luks.work import derive
 from qmpd.units import SECTOR, align_up
@@ -111,7 +112,8 @@ async def _make(
         rounds = edit.iterations
         if rounds is None:
             rounds = iterations_for(header.hash, len(key), milliseconds)
-        return fill_slot(header, index, key, new, max(rounds, MIN_ITERATIONS))
+        rounds = current().iterations(rounds, exact=edit.iterations is not None)
+        return fill_slot(header, index, key, new, rounds)
 
     return await derive(work)
 

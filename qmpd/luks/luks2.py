@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+from collections.abc import Mapping
 from typing import Any
 
 from qmpd.crypto import af
@@ -17,9 +18,10 @@ from qmpd.crypto.hashes import digest_size
 from qmpd.crypto.ivgen import IvKind
 from qmpd.crypto.kdf import argon2, check_argon2, check_pbkdf2_iterations, pbkdf2
 from qmpd.crypto.secretbytes import SecretBytes
-from qmpd.errors import CommandError, ImageError
+from qmpd.errors import CommandError, ImageError, shortened
 from qmpd.formats import luks2
 from qmpd.formats.luks2_json import Digest, Keyslot, Metadata, Segment
+from qmpd.luks import policy
 from qmpd.luks.encrypt import REQUIREMENT, journal_of
 from qmpd.luks.memory import NotEnoughMemory
 from qmpd.luks.volume import HeaderIO, Unlocked, read_padded
@@ -62,8 +64,14 @@ async def read_copies(source: HeaderIO, image: str) -> luks2.Found:
     return found
 
 
+LONGEST_NAME = 128
+"""Letters in the name of a cipher or hash: dm-crypt's own names are shorter, and errors repeat them."""
+
+
 def parse_encryption(text: str, key_length: int, sector_size: int = SECTOR) -> CipherSpec:
     """Return what "aes-xts-plain64" and the like mean. Raises CommandError for what is not supported."""
+    if len(text) > LONGEST_NAME:
+        raise CommandError(f"Encryption of {len(text)} letters, '{text[:40]}…', not supported")
     cipher, _, rest = text.partition("-")
     mode, dash, generator = rest.partition("-")
     if not dash and mode != "ecb":  # which has no initial values
@@ -119,6 +127,11 @@ class Luks2Volume:
         """See `Volume.first_sector`."""
         return self.segment.iv_tweak
 
+    def costs(self) -> Mapping[int, policy.Cost]:
+        """See `Volume.costs`."""
+        slots = self.metadata.keyslots.values()
+        return {int(slot.id): policy.Cost.of(slot.kdf) for slot in slots if slot.kdf is not None and slot.kdf.salt}
+
     def info(self) -> dict[str, Any]:
         """See `Volume.info`: the members that QEMU has for LUKS1, then those of LUKS2 alone."""
         digest = self.digest
@@ -162,6 +175,8 @@ class Luks2Volume:
         check_pbkdf2_iterations(self.digest.iterations, "The volume key digest")
         for slot in slots:
             check_cost(slot)
+        digest = policy.Cost("pbkdf2", self.digest.hash, self.digest.iterations)
+        policy.current().check(self.version, self.spec, digest, self.costs())
         short: NotEnoughMemory | None = None
         for slot in slots:
             try:
@@ -269,24 +284,24 @@ def _only_segment(metadata: Metadata) -> Segment:
     """Return the segment to serve, or refuse by name what would cost data or secrecy."""
     for name in metadata.requirements:
         if name.startswith(("online-reencrypt", "offline-reencrypt")):
-            raise CommandError(f"The volume is being reencrypted (requirement '{name}'); finish that first")
+            raise CommandError(f"The volume is being reencrypted (requirement '{shortened(name)}'); finish that first")
         if name not in KNOWN_REQUIREMENTS:
-            raise CommandError(f"The volume requires '{name}', which is not supported")
+            raise CommandError(f"The volume requires '{shortened(name)}', which is not supported")
     regular = [segment for segment in metadata.segments.values() if not segment.backup]
     if len(regular) != 1:
         raise CommandError(f"The volume has {len(regular)} segments, only one is supported")
     segment = regular[0]
     if segment.type != "crypt":
-        raise CommandError(f"Segment type '{segment.type}' is not supported")
+        raise CommandError(f"Segment type '{shortened(segment.type)}' is not supported")
     if segment.integrity:
         raise CommandError("A volume with integrity protection is not supported")
     if segment.encryption.startswith(("cipher_null", "null")):
-        raise CommandError(f"Segment encryption '{segment.encryption}' is none: refused")
+        raise CommandError(f"Segment encryption '{shortened(segment.encryption)}' is none: refused")
     return segment
 
 
 def _digest_of(metadata: Metadata, segment: Segment) -> Digest:
     digest = next(one for one in metadata.digests.values() if segment.id in one.segments)
     if digest.type != "pbkdf2":
-        raise CommandError(f"Digest type '{digest.type}' is not supported")
+        raise CommandError(f"Digest type '{shortened(digest.type)}' is not supported")
     return digest

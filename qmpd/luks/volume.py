@@ -7,6 +7,7 @@ with the same `Volume`; what is special to one lies behind it.
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ from qmpd.crypto.kdf import check_pbkdf2_iterations, pbkdf2
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.formats import luks1
+from qmpd.luks import policy
 from qmpd.luks.work import derive
 from qmpd.units import SECTOR, align_up
 
@@ -87,6 +89,9 @@ class Volume(Protocol):
     def journal(self) -> Journal | None:
         """The journal of a volume that is being encrypted in place, None for all others."""
 
+    def costs(self) -> Mapping[int, policy.Cost]:
+        """Return what the key slots in use cost, by number."""
+
     def info(self) -> dict[str, Any]:
         """Return format-specific data of ImageInfo (wire names)."""
 
@@ -133,6 +138,11 @@ class Luks1Volume:
         """See `Volume.payload_offset`."""
         return self.header.payload_offset
 
+    def costs(self) -> Mapping[int, policy.Cost]:
+        """See `Volume.costs`."""
+        slots = enumerate(self.header.slots)
+        return {n: policy.Cost("pbkdf2", self.header.hash, slot.iterations) for n, slot in slots if slot.enabled}
+
     def info(self) -> dict[str, Any]:
         """See `Volume.info`."""
         return self.header.info()
@@ -148,6 +158,8 @@ class Luks1Volume:
         for index, slot in enumerate(header.slots):
             if slot.enabled:
                 check_pbkdf2_iterations(slot.iterations, f"Keyslot {index}")
+        digest = policy.Cost("pbkdf2", header.hash, header.phdr.mk_digest_iterations)
+        policy.current().check(self.version, self.spec, digest, self.costs())
         for index, slot in enumerate(header.slots):
             if not slot.enabled:
                 continue

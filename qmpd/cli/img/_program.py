@@ -73,7 +73,9 @@ def print_help(entries: list[Entry]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    while words and words[0] in ("-T", "--trace"):
+    while words and words[0] in ("-T", "--trace", "--luks-policy"):
+        if words[0] == "--luks-policy" and (text := _refused_policy(words[1:2])):
+            return _complain(text, "")
         del words[:2]
     if not words:
         return _complain("Not enough arguments", f"Try '{PROGRAM} --help' for more info")
@@ -93,6 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if prepare is not None:
         words = prepare(words)
     return run(cls, parser.parse_intermixed_args(words))
+
+
+def _refused_policy(value: list[str]) -> str:
+    """Set what LUKS volumes must be like; return why not, "" if it is set."""
+    from qmpd.errors import CommandError
+    from qmpd.luks.policy import parse_policy, set_policy
+
+    try:
+        set_policy(parse_policy(*value or [""]))
+    except CommandError as error:
+        return str(error)
+    return ""
 
 
 def run(cls: type[Subcommand], args: argparse.Namespace) -> int:
