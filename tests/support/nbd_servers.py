@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.daemon import RawClient, running
+from tests.support.daemon import RawClient, listens, running
 from tests.support.peers import find
 
 START_SECONDS = 20.0
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Wait until a socket is there."""
+    """Wait until a socket is there and connections to it are taken."""
     deadline = time.monotonic() + START_SECONDS
-    while not path.exists():
+    while not listens(path):
         assert process is None or process.poll() is None, "the server has ended"
         assert time.monotonic() < deadline, f"{path} does not come"
         time.sleep(0.02)
