@@ -69,10 +69,16 @@ class ImageError(QmpdError):
     """
 
     def __init__(self, image: str, offset: int | None, field: str, found: str, expected: str) -> None:
+        field, found, expected = (shortened(text) for text in (field, found, expected))
         place = image if offset is None else f"{image}: byte {offset}"
         super().__init__(f"{place}: {field} is {found}, expected {expected}")
         self.image, self.offset, self.field = image, offset, field
         self.found, self.expected = found, expected
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Return text from an image, which may be as long as the image makes it, fit to stand in an error."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 class StateError(QmpdError):

@@ -24,7 +24,8 @@ def digest_size(name: str) -> int:
             return hashlib.new(name).digest_size
         except ValueError:
             pass
-    raise CommandError(f"Hash algorithm '{name}' not supported")
+    shown = name if len(name) <= 100 else f"{name[:40]}…"  # a header's name may be as long as the header
+    raise CommandError(f"Hash algorithm '{shown}' not supported")
 
 
 def available() -> tuple[str, ...]:
