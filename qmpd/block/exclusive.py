@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -44,7 +43,8 @@ class HostFile(Protocol):
         """Return a new descriptor of the file, None if it is not to be locked. Raises CommandError."""
 
 
-_holders: WeakKeyDictionary[BlockNode, Counter[None]] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[BlockNode, asyncio.Lock] = WeakKeyDictionary()
+"""Who wants to be alone with a file of this process waits for whoever is."""
 
 
 @contextlib.asynccontextmanager
@@ -55,28 +55,27 @@ async def alone(graph: Graph, node: BlockNode, touch: Iterable[BlockNode], *, fl
     flock   hold an exclusive lock on whole files, too
     Runs on the loop of the monitor. Raises CommandError in QEMU's words if another process uses a file.
     """
-    files = [one for one in _below(node) if isinstance(one, HostFile)]
-    for file in files:
-        _holders.setdefault(file, Counter())[None] += 1
-        file.outside = UNSHARED
-    try:
-        with graph.change() as tran:
-            for one in (*touch, node):
-                tran.touch(one)
-        with contextlib.ExitStack() as stack:
+    files = [one for one in sorted(_below(node), key=id) if isinstance(one, HostFile)]
+    async with contextlib.AsyncExitStack() as stack:
+        for file in files:
+            await stack.enter_async_context(_turns.setdefault(file, asyncio.Lock()))
+        try:
+            for file in files:
+                file.outside = UNSHARED
+            with graph.change() as tran:
+                for one in (*touch, node):
+                    tran.touch(one)
             for file in files if flock else ():
                 fd = file.flock_descriptor()
                 if fd is not None:
                     stack.callback(os.close, fd)
                     await _flock(fd, file.path)
             yield
-    finally:
-        for file in files:
-            _holders[file][None] -= 1
-            if not _holders[file][None]:
+        finally:
+            for file in files:
                 file.outside = Perm.NONE
-        with graph.change() as tran:
-            tran.touch(node)
+            with graph.change() as tran:
+                tran.touch(node)
 
 
 async def _flock(fd: int, path: str) -> None:

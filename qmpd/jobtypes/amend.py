@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmpd.block.amend import Amendable
+from qmpd.block.hold import held
+from qmpd.block.node import BlockNode
 from qmpd.context import Context
 from qmpd.errors import CommandError
 from qmpd.jobs.job import Job, JobManager
@@ -23,7 +25,7 @@ class AmendJob(Job):
     job_type = "amend"
 
     def __init__(
-        self, manager: JobManager, job_id: str, node: Amendable, options: Mapping[str, Any], *, force: bool
+        self, manager: JobManager, job_id: str, node: BlockNode, options: Mapping[str, Any], *, force: bool
     ) -> None:
         super().__init__(manager, job_id, auto_dismiss=False)
         self._node, self._options, self._force = node, options, force
@@ -31,8 +33,11 @@ class AmendJob(Job):
 
     async def run(self) -> None:
         """Let the driver do it."""
+        node = self._node
+        assert isinstance(node, Amendable)
         try:
-            await self._node.amend(self._options, force=self._force)
+            with held(node, f"job '{self.id}'"):
+                await node.amend(self._options, force=self._force)
         finally:
             self.current = 1
 

@@ -180,3 +180,31 @@ def test_a_header_that_cryptsetup_holds_is_waited_for(tmp_path: Path) -> None:
         fcntl.flock(other.fileno(), fcntl.LOCK_UN)
         assert finish(client, "j1") is None
         assert slots(client, "a") == [0, 1]
+
+
+def test_a_node_whose_key_slots_change_is_not_deleted_under_the_job(tmp_path: Path) -> None:
+    with disks(tmp_path, 2, "") as (_, client):
+        file = {"driver": "null-co", "size": 1 << 20}
+        client.ok("blockdev-add", driver="luks", node_name="v", file=file, header="h", key_secret="s")
+        start(client, "j", "v", state="active", new_secret="n", iterations=LONG)
+        for name in "vh":
+            reply = client.command("blockdev-del", node_name=name)
+            assert reply["error"]["desc"] == f"Block device {name} is in use"
+        assert finish(client, "j") is None
+        client.ok("blockdev-del", node_name="v")
+        client.ok("blockdev-del", node_name="h")
+    data = (tmp_path / "h.img").read_bytes()
+    assert [opens(data, name) for name in "snm"] == [True, True, False]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_changes_through_several_disks_at_once_happen_one_after_the_other(tmp_path: Path, version: int) -> None:
+    with disks(tmp_path, version, "abc") as (_, client):
+        for number, name in enumerate("abc"):
+            start(client, f"j{number}", name, state="active", new_secret="snm"[number], iterations=LONG // 4)
+        error = amend(client, "again", "a", state="active", new_secret="x")
+        assert error == "Another job changes the key slots of this volume"
+        assert [finish(client, f"j{number}") for number in range(3)] == [None] * 3
+        assert slots(client, "a") == slots(client, "b") == slots(client, "c") == [0, 1, 2, 3]
+    data = (tmp_path / "h.img").read_bytes()
+    assert [opens(data, name) for name in "snmx"] == [True, True, True, False]
