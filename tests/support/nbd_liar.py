@@ -24,6 +24,7 @@ from tests.support.nbd_wire import (
     STATUS,
     STRUCTURED,
     WRITE,
+    ZERO,
 )
 
 NEWSTYLE = b"NBDMAGIC" + OPTION_MAGIC + struct.pack(">H", 3)
@@ -205,6 +206,8 @@ class Liar:
     def _honest(self, asked: Asked, structured: bool) -> bytes:
         if asked.command == WRITE:
             self.memory[asked.offset : asked.offset + asked.length] = asked.data
+        if asked.command == ZERO:
+            self.memory[asked.offset : asked.offset + asked.length] = bytes(asked.length)
         if asked.command == READ:
             data = bytes(self.memory[asked.offset : asked.offset + asked.length])
             return data_chunk(asked.cookie, asked.offset, data) if structured else simple(asked.cookie, 0, data)
