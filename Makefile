@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: help demo test lint docs proof bench clean
+.PHONY: help demo test lint docs proof fuzz bench clean
 
 help:
 	@echo 'make demo    watch the detached-header hotplug sequence run against a live daemon'
@@ -19,6 +19,7 @@ help:
 	@echo 'make lint    the first part of the gate: style and types'
 	@echo 'make docs    write docs/qmp-reference.md, man pages and completions anew'
 	@echo 'make proof   the long checks at their full count; writes proof/NAME.json'
+	@echo 'make fuzz    LUKS headers under atheris, for SECONDS=600'
 	@echo 'make bench   speed beside QEMU and nbdkit (QUICK=1, ROWS=regex, SECONDS=0.4, ROUNDS=7); writes bench/results'
 	@echo 'make clean   remove what the others made'
 
@@ -49,6 +50,10 @@ docs: $(STAMP)
 
 proof: $(STAMP)
 	QMPD_PROOF=full $(PYTEST) -m proof -n $(JOBS) --dist worksteal -q --timeout 3600
+
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
+	$(BIN)/python -m tests.fuzz.guided_luks -max_total_time=$(or $(SECONDS),600)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(if $(QUICK),--quick) $(if $(ROWS),--rows '$(ROWS)') \
