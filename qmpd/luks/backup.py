@@ -15,6 +15,7 @@ from qmpd.aio.pool import in_work_thread
 from qmpd.errors import CommandError
 from qmpd.formats import luks1
 from qmpd.luks.detect import is_luks2
+from qmpd.luks.encrypt import REQUIREMENT
 from qmpd.luks.luks2 import read_copies
 from qmpd.luks.volume import HeaderIO, read_padded
 from qmpd.units import SECTOR, MiB, align_up
@@ -32,6 +33,10 @@ async def header_image(source: HeaderIO, *, detached: bool) -> bytes:
     """Return the bytes of a backup. Raises CommandError, ImageError for what is no valid header, OSError."""
     if await is_luks2(source):
         found = await read_copies(source, "header")
+        if REQUIREMENT in found.copy.metadata.requirements:
+            raise CommandError(
+                "The volume is being encrypted in place: a backup of now would tell lies about how far"
+            )
         return bytes(await read_padded(source, 0, found.copy.metadata.total_size))
     header = luks1.parse_header(await read_padded(source, 0, luks1.HEADER_SIZE), detached=detached)
     image = await read_padded(source, 0, luks1_length(header))
