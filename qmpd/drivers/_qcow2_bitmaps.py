@@ -70,10 +70,16 @@ async def load_bitmaps(image: Image, node: BlockNode) -> None:
 async def _load_bits(image: Image, entry: StoredBitmap, bitmap: DirtyBitmap, seen: set[int]) -> None:
     """Read the bits of one bitmap; `seen` holds the clusters that others have, so that none is read twice."""
     try:
+        table = await _read_table(image, entry)
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
+        text = f"Could not read bitmap_table table from image for bitmap '{entry.name}': {reason}"
+        raise CommandError(text) from error
+    try:
         if entry.table_size != _table_size(image, bitmap.size, bitmap.granularity):
             raise OSError(errno.EINVAL, "the table has the wrong size")
         covered = image.cluster_size * 8 * bitmap.granularity
-        for index, value in enumerate(await _read_table(image, entry)):
+        for index, value in enumerate(table):
             if value == BITMAP_ALL_ONES:
                 bitmap.set(index * covered, covered)
             elif value:
@@ -81,7 +87,7 @@ async def _load_bits(image: Image, entry: StoredBitmap, bitmap: DirtyBitmap, see
                     raise OSError(errno.EINVAL, "a cluster is used twice")
                 seen.add(value)
                 length = min(image.cluster_size, bitmap.serialized_length - index * image.cluster_size)
-                bitmap.load(index * covered, await image.file.pread(value, length))
+                bitmap.load(index * covered, await image.read_metadata(value, length))
     except OSError as error:
         raise CommandError(
             f"Could not read bitmap '{entry.name}' from image: {os.strerror(error.errno or errno.EIO)}"
@@ -90,9 +96,9 @@ async def _load_bits(image: Image, entry: StoredBitmap, bitmap: DirtyBitmap, see
 
 async def _read_table(image: Image, entry: StoredBitmap) -> list[int]:
     """Return the table of a stored bitmap. Raises OSError(EINVAL) if it breaks the format."""
+    if entry.table_offset >= 1 << 63:
+        raise OSError(errno.EIO, "no file reaches that far")
     table = await image.read_table(entry.table_offset, entry.table_size)
-    if len(table) < entry.table_size:
-        raise OSError(errno.EINVAL, "the table reaches beyond the file")
     if not all(bitmap_entry_valid(value, image.cluster_size) for value in table):
         raise OSError(errno.EINVAL, "an entry of the table is invalid")
     return list(table)

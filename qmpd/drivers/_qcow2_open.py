@@ -141,13 +141,10 @@ async def read_bitmaps(image: Image) -> list[StoredBitmap]:
     place = image.header.bitmaps
     if place is None:
         return []
-    there = min(place.directory_size, max(image.file.size - place.directory_offset, 0))
-    if there < place.directory_size:
-        raise CommandError("Broken bitmap directory")
-    found = parse_bitmap_directory(await image.read_metadata(place.directory_offset, there), place.count)
-    for one in found:
-        one.check(image.header.size, image.cluster_size)
-    return found
+    if place.directory_offset + place.directory_size >= 1 << 63:
+        raise CommandError("Failed to read bitmap directory: Input/output error")
+    data = await image.read_metadata(place.directory_offset, place.directory_size)
+    return parse_bitmap_directory(data, place.count, size=image.header.size, cluster_size=image.cluster_size)
 
 
 async def clear_autoclear(image: Image) -> None:

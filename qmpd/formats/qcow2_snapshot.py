@@ -29,11 +29,13 @@ BITMAP_ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00
 BITMAP_ENTRY_RESERVED = 0xFF00_0000_0000_01FE
 """Bitmap table entries: no data, every bit set; the place of the data; bits that must be zero."""
 
+MAX_BITMAP_NAME = 1023
 MAX_BITMAP_BYTES = 512 << 20
 """Bytes of one bitmap's data at most (the reference's limit)."""
 
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _EXTRA = struct.Struct(">QQQ")
+_INT_MAX = (1 << 31) - 1
 NO_ICOUNT = (1 << 64) - 1
 """The count of instructions in a snapshot that has none."""
 
@@ -161,6 +163,7 @@ class StoredBitmap:
             and 9 <= self.granularity_bits <= 31
             and not self.flags & ~BITMAP_KNOWN_FLAGS
             and self.kind == BITMAP_DIRTY_TRACKING
+            and len(self.encoded) <= MAX_BITMAP_NAME
             and stored <= MAX_BITMAP_BYTES
             and (bool(self.flags & BITMAP_IN_USE) or size <= stored * 8 << self.granularity_bits)
         )
@@ -177,14 +180,23 @@ FLAGS_OFFSET = 12
 """Where the flags lie in an entry of the bitmap directory."""
 
 
-def parse_bitmap_directory(data: bytes | bytearray | memoryview, count: int) -> list[StoredBitmap]:
-    """Return the entries of a bitmap directory. Raises CommandError if they are not `count`."""
+def parse_bitmap_directory(
+    data: bytes | bytearray | memoryview, count: int, *, size: int, cluster_size: int
+) -> list[StoredBitmap]:
+    """Return the entries of a bitmap directory of an image with `size` bytes of disk.
+
+    Raises CommandError if there are not `count`, or if one cannot be.
+    """
     found: list[StoredBitmap] = []
     at = 0
-    while at + _BITMAP.size <= len(data):
-        table, size, flags, kind, granularity, name_size, extra_size = _BITMAP.unpack_from(data, at)
-        length = align_up(_BITMAP.size + extra_size + name_size, 8)
-        if at + length > len(data) or granularity > 31 or name_size == 0 or name_size > 1023:
+    if not data:
+        raise CommandError("Requested bitmap directory size is zero")
+    while at < len(data):
+        if at + _BITMAP.size > len(data):
+            raise CommandError("Broken bitmap directory")
+        table, table_size, flags, kind, granularity, name_size, extra_size = _BITMAP.unpack_from(data, at)
+        length = align_up(_BITMAP.size + name_size + extra_size & 0xFFFF_FFFF, 8)
+        if at + length > len(data) and length <= _INT_MAX:
             raise CommandError("Broken bitmap directory")
         if extra_size:
             raise CommandError("Bitmap extra data is not supported")
@@ -192,7 +204,8 @@ def parse_bitmap_directory(data: bytes | bytearray | memoryview, count: int) -> 
             raise CommandError("More bitmaps found than specified in header extension")
         encoded = bytes(data[at + _BITMAP.size : at + _BITMAP.size + name_size])
         name = encoded.decode("utf-8", "replace")
-        found.append(StoredBitmap(at, table, size, flags, granularity, name, encoded, kind))
+        found.append(StoredBitmap(at, table, table_size, flags, granularity, name, encoded, kind))
+        found[-1].check(size, cluster_size)
         at += length
     if len(found) != count:
         raise CommandError("Less bitmaps found than specified in header extension")

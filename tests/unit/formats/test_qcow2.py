@@ -173,23 +173,33 @@ def directory(**changes: int) -> bytes:
     return struct.pack(">QIIBBHI", *fields.values()) + b"b0".ljust(8, b"\0")
 
 
+def parsed(data: bytes, count: int = 1) -> list[qcow2_snapshot.StoredBitmap]:
+    return qcow2_snapshot.parse_bitmap_directory(data, count, size=1 << 20, cluster_size=65536)
+
+
 def test_bitmap_directory() -> None:
-    [bitmap] = qcow2_snapshot.parse_bitmap_directory(directory(), 1)
+    [bitmap] = parsed(directory())
     assert bitmap.to_qapi() == {"name": "b0", "granularity": 65536, "flags": ["auto"]}
-    assert qcow2_snapshot.parse_bitmap_directory(directory(flags=3), 1)[0].to_qapi()["flags"] == ["in-use", "auto"]
+    assert parsed(directory(flags=3))[0].to_qapi()["flags"] == ["in-use", "auto"]
+    assert qcow2_snapshot.pack_bitmap_directory([bitmap]) == (directory(), [bitmap])
 
 
 @pytest.mark.parametrize(
     ("data", "count", "text"),
     [
-        (directory(name=0), 1, "Broken"),
+        (b"", 1, "size is zero"),
+        (directory() + b"x", 1, "Broken"),
         (directory(name=100), 1, "Broken"),
-        (directory(bits=32), 1, "Broken"),
         (directory(extra=8), 1, "Broken"),
+        (directory(name=0, extra=2), 1, "extra data is not supported"),
         (directory(), 2, "Less bitmaps"),
         (directory() + directory(), 1, "More bitmaps"),
+        *(
+            (directory(**fields), 1, "satisfy the constraints")
+            for fields in ({"bits": 8}, {"bits": 32}, {"flags": 4}, {"kind": 0}, {"size": 0}, {"table": 512})
+        ),
     ],
 )
 def test_bad_bitmap_directories(data: bytes, count: int, text: str) -> None:
     with pytest.raises(CommandError, match=text):
-        qcow2_snapshot.parse_bitmap_directory(data, count)
+        parsed(data, count)
