@@ -70,20 +70,24 @@ async def _add(
     """Add a passphrase; with state changed, erase the slots it replaces afterwards."""
     header = volume.header
     _check_kdf(edit)
-    index = edit.keyslot if edit.state == "active" else None
     active = [i for i, slot in enumerate(header.slots) if slot.enabled]
-    if index is not None:
-        if header.slots[index].enabled and not force:
-            raise CommandError(f"Refusing to overwrite active keyslot {index} - please erase it first")
-    else:
-        index = next((i for i, slot in enumerate(header.slots) if not slot.enabled), None)
-        if index is None:
-            raise CommandError("Can't add a keyslot - all keyslots are in use")
+    free = next((i for i, slot in enumerate(header.slots) if not slot.enabled), None)
+    index = edit.keyslot if edit.state == "active" else None
+    if index is not None and index in active and not force:
+        raise CommandError(f"Refusing to overwrite active keyslot {index} - please erase it first")
+    if index is None:
+        index = free
+    if index is None and edit.state == "active":
+        raise CommandError("Can't add a keyslot - all keyslots are in use")
     with passphrase(unlock_with) as current:
         unlocked = await volume.unlock(target, current)
     assert edit.new_secret is not None
     try:
         replaced = await _chosen(target, volume, edit, passphrase, force=force) if edit.state == "changed" else []
+        if index is None:  # all are in use: one that is replaced, while another still opens
+            if len(replaced) == len(active):
+                raise CommandError("Can't change all keyslots - erase all but one first")
+            index = replaced.pop(0)
         with passphrase(edit.new_secret) as new:
             filled, material = await _make(header, index, unlocked.key, new, edit)
             spare = None

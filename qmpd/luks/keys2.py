@@ -147,7 +147,8 @@ class _Edit:
         options.checked()
         changing = edit.state == "changed"
         index = -1 if changing else self._free_slot()
-        area = find_gap(self.metadata, self.volume.spec.key_length)
+        if not changing:
+            find_gap(self.metadata, self.volume.spec.key_length)
         with self.passphrase(unlock_with) as current:
             unlocked = await self.volume.unlock(self.target, current)
         try:
@@ -160,19 +161,35 @@ class _Edit:
             costs = await costs_for(options)
             assert edit.new_secret is not None
             with self.passphrase(edit.new_secret) as new:
-                slot, material = await seal(unlocked.key, new, costs, options.hash, area[0])
+                slot, material = await seal(unlocked.key, new, costs, options.hash, 0)
+                await self._make_room(replaced)
+                slot["area"]["offset"] = str(find_gap(self.metadata, self.volume.spec.key_length)[0])
                 await self._store(index, slot, material, new, replaced)
         finally:
             unlocked.wipe()
+
+    async def _make_room(self, replaced: list[int]) -> None:
+        """Where there is none, erase what will be replaced first, if something is left that opens the volume."""
+        try:
+            find_gap(self.metadata, self.volume.spec.key_length)
+        except CommandError:
+            if not replaced or set(self.active) <= set(replaced):
+                raise
+            await self.erase(replaced)
+            self.found = await read_both(self.target)
+            self.metadata = self.found.copy.metadata
 
     async def _store(
         self, index: int, slot: dict[str, Any], material: bytearray, new: SecretBytes, replaced: list[int]
     ) -> None:
         """Write the material, see that it opens, then both copies, then overwrite what was replaced."""
         tree = copied(self.metadata.tree)
-        before = tree["keyslots"].get(str(index), {})
-        if "priority" in before:
-            slot["priority"] = before["priority"]
+        before = self.volume.metadata.tree  # of which a slot may have been erased to make room
+        if "priority" in before["keyslots"].get(str(index), {}):
+            slot["priority"] = before["keyslots"][str(index)]["priority"]
+        for key, token in before["tokens"].items():
+            if str(index) in token["keyslots"]:
+                tree["tokens"][key]["keyslots"] = token["keyslots"]
         tree["keyslots"][str(index)] = slot
         self._digest(tree)["keyslots"] = _with(self._digest(tree)["keyslots"], str(index))
         for other in replaced:

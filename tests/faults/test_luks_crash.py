@@ -191,6 +191,8 @@ CASES = [
     Case("change", 1, editing(state="changed", new_secret="n", old_secret="s"), "sn", "n"),
     Case("change-one-of-many", 5, editing(state="changed", new_secret="m", keyslot=3), "s", "snm"),
     Case("change-many-to-one", 4, editing(state="changed", new_secret="m", old_secret="n", secret="s"), "s", "sm"),
+    Case("change-one-of-all", 8, editing(state="changed", new_secret="m", keyslot=0), "n", "nm"),
+    Case("change-all-but-one", 8, editing(state="changed", new_secret="m", old_secret="n", secret="s"), "s", "sm"),
     Case("erase", 2, editing(state="inactive", old_secret="s"), "n", "n"),
     Case("erase-slot-6", 7, editing(state="inactive", keyslot=6), "s", "sn"),
     Case("erase-many", 8, editing(state="inactive", old_secret="n"), "s", "s"),

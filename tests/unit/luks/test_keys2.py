@@ -128,6 +128,26 @@ async def test_areas_fill_the_first_gap_until_there_is_none() -> None:
     assert sorted((await tree_of(target))["keyslots"]) == ["0", "20"]
 
 
+async def test_a_passphrase_is_changed_where_there_is_no_room_for_another() -> None:
+    tree = gen.tree()
+    tree["tokens"] = {"3": {"type": "mine", "keyslots": ["0"]}}
+    tree["keyslots"]["0"]["priority"] = 2
+    target = header(tree)
+    for slot in range(1, 8):
+        await edit(target, state="active", new_secret="n", keyslot=slot)
+    await edit(target, state="changed", new_secret="m", keyslot=0)
+    now = await tree_of(target)
+    assert now["tokens"] == tree["tokens"]
+    assert (now["keyslots"]["0"]["priority"], len(now["keyslots"])) == (2, 8)
+    assert [await opens(target.data, name) for name in "snm"] == [False, True, True]
+    with pytest.raises(CommandError, match="Refusing to overwrite active keyslot 0"):
+        await edit(target, state="active", new_secret="s", keyslot=0, secret="n")
+    await edit(target, state="inactive", old_secret="m")
+    for slot in range(1, 7):
+        await edit(target, state="inactive", keyslot=slot)
+    assert [await opens(target.data, name) for name in "snm"] == [False, True, False]
+
+
 @pytest.mark.parametrize("spoiled", [0, gen.COPY])
 @pytest.mark.parametrize("state", ["active", "inactive", "changed"])
 async def test_a_damaged_copy_is_mended_first(spoiled: int, state: str) -> None:
