@@ -28,6 +28,7 @@ from qmpd.luks.keys import KeyslotEdit, Passphrase, edit_keyslots
 from qmpd.luks.payload import POOL_CAP, write_encrypted
 from qmpd.luks.volume import HeaderIO, Volume, read_volume
 from qmpd.luks.work import transform
+from qmpd.units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
@@ -129,6 +130,7 @@ class Encryption:
             self._set(AES, key)
             return
         assert self.window is not None
+        _check_slots(self.volume, self.window.size)
         unlocked = await self.volume.unlock(self.window, passphrase)
         self._set(self.volume.spec, unlocked.key)
 
@@ -234,6 +236,14 @@ def _check_place(header: Header, offset: int, length: int, file_size: int) -> No
                 f"Encryption header of {length} bytes at offset {offset} overlaps with {name} at offset {start}"
                 f" ({size} bytes)"
             )
+
+
+def _check_slots(volume: Volume, length: int) -> None:
+    """Refuse a LUKS header whose key slots lie beyond its `length`. Raises CommandError."""
+    for slot in volume.info()["slots"]:
+        end = slot["key-offset"] + align_up(volume.spec.key_length * luks1.STRIPES, SECTOR)
+        if slot["active"] and end > length:
+            raise CommandError(f"Request for data outside of extension header (up to {end} of {length} bytes)")
 
 
 async def amend_encryption(
