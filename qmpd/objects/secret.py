@@ -93,11 +93,13 @@ def read_file(name: str) -> bytearray:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
             _log.warning("secret file %s can be read by other users (mode %04o)", name, stat.S_IMODE(mode))
-        contents = bytearray()
-        while chunk := os.read(descriptor, 1 << 16):
-            contents += chunk
-            if len(contents) > MAX_FILE:
-                raise CommandError(f"Unable to read {name}: File is larger than {MAX_FILE} bytes")
+        contents, part = bytearray(), bytearray(1 << 16)  # `os.read` would leave a copy in freed memory
+        with memoryview(part) as view:
+            while length := os.readv(descriptor, [view]):
+                contents += view[:length]
+                view[:length] = bytes(length)
+                if len(contents) > MAX_FILE:
+                    raise CommandError(f"Unable to read {name}: File is larger than {MAX_FILE} bytes")
         return contents
     except OSError as error:
         raise CommandError(f"Unable to read {name}: Error reading file “{name}”: {_reason(error)}") from error
