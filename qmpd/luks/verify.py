@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpd.aio.pool import in_work_thread
+from qmpd.crypto import af
 from qmpd.crypto.kdf import check_pbkdf2_iterations
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError, QmpdError
@@ -200,7 +201,7 @@ async def _verify_slot(
         if kdf.memory * kdf.time < MIN_ARGON2_WORK:
             row.weakness = f"{kdf.type} passes {kdf.time} times over {kdf.memory} KiB"
     length = slot.key_size * slot.stripes
-    if length > slot.area_size:
+    if length > min(slot.area_size, af.MAX_MATERIAL):
         row.damage = f"its area has {slot.area_size} bytes, its key material takes {length}"
         return row
     row.damage = await _damage(source, slot.area_offset, length)

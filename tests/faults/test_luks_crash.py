@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from qmpd.block.batch import Batch, WriteFlags
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
 from qmpd.luks.backup import header_image
@@ -21,9 +22,10 @@ from qmpd.luks.detect import read_header
 from qmpd.luks.keys import KeyslotEdit, edit_keyslots
 from qmpd.luks.luks2 import Luks2Volume
 from qmpd.luks.restore import restore_header
-from qmpd.luks.volume import Luks1Volume
+from qmpd.luks.volume import HeaderIO, Luks1Volume
 from tests.conftest import Proof
 from tests.gen import luks2 as gen
+from tests.unit.luks.memory import MemoryNode, edge
 from tests.unit.luks.test_keys import Recorded
 
 SECTOR = 512
@@ -56,7 +58,7 @@ async def fresh(version: int, slots: int = 1, room: int = ROOM) -> Recorded:
     return target
 
 
-async def edit(target: Recorded, *, force: bool = False, **options: object) -> None:
+async def edit(target: HeaderIO, *, force: bool = False, **options: object) -> None:
     if options["state"] != "inactive":
         options = {"pbkdf": "pbkdf2", "iterations": 1000} | options
     await edit_keyslots(target, KeyslotEdit(**options), secret, "s", detached=True, force=force)  # type: ignore[arg-type]
@@ -247,6 +249,48 @@ async def test_some_passphrase_opens_at_every_moment_and_none_that_was_erased_at
     rng = random.Random(f"{case.name}{version}")
     assert await bad_state(before, target.log, case.always, rng, proof.count(SUBSETS)) is None
     await check_end(bytes(target.data), case.end, version)
+
+
+class RecordedNode(MemoryNode):
+    """A header as a node of a graph, which only takes whole blocks."""
+
+    def __init__(self, recorded: Recorded, alignment: int) -> None:
+        super().__init__(bytes(recorded.data))
+        self.data, self.log = recorded.data, recorded.log
+        self.request_alignment = alignment
+
+    async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
+        for request in batch:
+            assert request.offset % self.request_alignment == request.end % self.request_alignment == 0
+            self.log.append((request.offset, bytes(request.view)))
+        await super().pwritev(batch, flags)
+        if flags & WriteFlags.FUA:
+            self.log.append(None)
+
+    async def flush(self) -> None:
+        self.log.append(None)
+
+
+@pytest.mark.parametrize("alignment", [512, 4096])
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_node_that_takes_whole_blocks_makes_no_difference(proof: Proof, version: int, alignment: int) -> None:
+    """The header behind an edge: what is written of a block is read before and written back around it."""
+    target = await fresh(version, 2)
+    image = await header_image(target, detached=True)
+    header = edge(RecordedNode(target, alignment))
+    rng = random.Random(alignment + version)
+    steps: list[tuple[str, Callable[[], Awaitable[None]]]] = [
+        ("s", lambda: edit(header, state="active", new_secret="m", keyslot=6)),
+        ("sm", lambda: edit(header, state="inactive", old_secret="n")),
+        ("sm", lambda: edit(header, state="changed", new_secret="n", old_secret="s")),
+        ("nms", lambda: restore_header(header, image, force=False)),
+    ]
+    for always, work in steps:
+        before = bytes(target.data)
+        await work()
+        assert await bad_state(before, target.log, always, rng, proof.count(SUBSETS) // 2) is None
+        target.log.clear()
+    await check_end(bytes(target.data), "sn", version)
 
 
 async def bad_state(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from qmpd.errors import CommandError
 from qmpd.luks.backup import Bytes
 from qmpd.luks.detect import read_header
 from tests.peers.conftest import need
-from tests.support.daemon import program
+from tests.support.daemon import program, running
+from tests.unit.luks.test_key_jobs import flocked
 
 PASSPHRASES = {"s": "abc123", "n": "newpass", "m": "third"}
 OBJECTS = [text for key in PASSPHRASES for text in ("--object", f"secret,id={key},data={PASSPHRASES[key]}")]
@@ -47,7 +49,7 @@ def peer_opens(image: Path, name: str) -> bool:
 def we_open(image: Path, name: str) -> bool:
     async def opened() -> bool:
         source = Bytes(image.read_bytes())
-        volume = await read_header(source, detached=False)
+        volume = await read_header(source, detached=True)
         try:
             (await volume.unlock(source, SecretBytes(PASSPHRASES[name].encode()))).wipe()
         except CommandError:
@@ -145,3 +147,32 @@ def test_slots_lie_where_cryptsetup_would_put_them(tmp_path: Path) -> None:
                 cryptsetup("luksAddKey", *CHEAP, "--key-slot", str(slot), "--key-file", old, image, third)
         places.append([slot["area"]["offset"] for _, slot in sorted(metadata(image)["keyslots"].items())])
     assert places[0] == places[1]
+
+
+def test_cryptsetup_waits_until_a_key_change_of_ours_is_over(tmp_path: Path) -> None:
+    """Both add a passphrase at once; with cryptsetup's lock not taken, one of the two headers would be lost."""
+    need("cryptsetup")
+    header = tmp_path / "h.img"
+    header.write_bytes(bytes(18 << 20))
+    cryptsetup("luksFormat", "--type", "luks2", *CHEAP, "--key-file=-", header, passphrase=PASSPHRASES["s"])
+    with running(tmp_path) as daemon:
+        client = daemon.client()
+        for name, value in PASSPHRASES.items():
+            client.ok("object-add", qom_type="secret", id=name, data=value)
+        file = {"driver": "null-co", "size": 18 << 20}
+        client.ok(
+            "blockdev-add", driver="luks", node_name="v", file=file, key_secret="s",
+            header={"driver": "file", "filename": str(header)},
+        )  # fmt: skip
+        options = {"driver": "luks", "state": "active", "new-secret": "n", "pbkdf": "pbkdf2", "iterations": 2_000_000}
+        client.ok("blockdev-amend", job_id="j", node_name="v", options=options)
+        with header.open("rb") as probe:
+            deadline = time.monotonic() + 20
+            while not flocked(probe.fileno()):
+                assert time.monotonic() < deadline
+        old, third = key_file(tmp_path, "s"), key_file(tmp_path, "m")
+        cryptsetup("luksAddKey", *CHEAP, "--key-file", old, header, third)
+        (row,) = client.ok("query-jobs")
+        assert row["status"] == "concluded"
+        assert "error" not in row
+    check(header, "snm")

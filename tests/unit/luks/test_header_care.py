@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qmpd.errors import QmpdError
 from qmpd.luks.backup import Bytes
+from qmpd.luks.restore import restore_header
 from qmpd.luks.verify import entropy, verify_header
+from tests.conftest import FULL
 from tests.gen import luks2 as gen
 from tests.support.daemon import RawClient
-from tests.unit.luks import test_keys2
+from tests.unit.luks import test_keys, test_keys2
 from tests.unit.luks.test_key_jobs import amend, disks, header_of, opens, slots
+
+HEADERS = {version: header_of(version) for version in (1, 2)}
 
 
 def refused(client: RawClient, command: str, **arguments: Any) -> str:
@@ -178,6 +185,47 @@ def test_what_is_found_in_a_luks1_header() -> None:
     assert look(good[:5000])["problems"] == [
         "slot 0: its key material ends at 132096, behind the end at 5000",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", gen.BROKEN, ids=lambda broken: broken.name)
+def test_headers_that_break_a_rule_are_told_and_never_restored(broken: gen.Broken) -> None:
+    data = broken.build()
+    found = look(data)
+    assert not found["healthy"]
+    assert all(" header is damaged: " in problem for problem in found["problems"])
+    good = bytes(test_keys2.header().data)
+    target = test_keys.Recorded(good)
+    with pytest.raises(QmpdError):
+        asyncio.run(restore_header(target, data, force=True))
+    assert target.data == good
+
+
+@settings(max_examples=1000 if FULL else 30)
+@given(
+    st.sampled_from([1, 2]),
+    st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_whatever_is_wrong_with_a_header_is_said_in_words(
+    version: int, changes: list[tuple[int, bytes]], force: bool
+) -> None:
+    good = HEADERS[version]
+    data = bytearray(good)
+    for offset, piece in changes:
+        data[offset : offset + len(piece)] = piece
+    look(bytes(data))
+    target = test_keys.Recorded(good)
+    try:
+        asyncio.run(restore_header(target, bytes(data), force=force))
+    except QmpdError:
+        assert target.data == good
+    target = test_keys.Recorded(bytes(data))
+    try:
+        asyncio.run(restore_header(target, good, force=True))
+    except QmpdError:
+        assert target.data == data
+    else:
+        assert opens(bytes(target.data), "s")
 
 
 def test_entropy() -> None:
