@@ -48,6 +48,8 @@ class BlockBackend:
         self.root: Child | None = None
         self.stats = AccountedStats()
         self.throttle: BackendGroup | None = None
+        self.on_error: Callable[[bool, int], None] | None = None
+        """Told of each request that a client sees fail (was it a read, its errno), on the data loop."""
         self.may_grow = False
         """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
         self._in_flight = 0

@@ -33,6 +33,7 @@ RANGE_STEP = 1 * GiB
 CACHE_STEP = 2 * MiB
 """Bytes read at a time to bring them into the cache."""
 
+_READING = (Command.READ, Command.CACHE, Command.BLOCK_STATUS)
 _FUA, _REQ_ONE, _DF = int(CommandFlag.FUA), int(CommandFlag.REQ_ONE), int(CommandFlag.DF)
 
 
@@ -275,6 +276,9 @@ class Worker:
         self._outlet.reply(self._replies.error(request, error, text))
 
     def _error(self, request: Request, error: int, text: str) -> bytes:
+        told = self._backend.on_error
+        if told is not None and error != errno.ENOTSUP:  # a fast zero write that would not be fast is no failure
+            told(request.command in _READING, error)
         return self._replies.error(request, to_nbd_error(error), text)
 
 

@@ -5,6 +5,8 @@ Model: hw/block/block.c (BlockConf) and block/qapi-sysemu.c of QEMU; texts as th
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -194,6 +196,7 @@ class DiskDevice(Device):
         """Let outsiders reach the medium through a socket, as the guest would. Raises CommandError."""
         if self.backend is None or self.backend.node is None or self.endpoint is not None:
             return
+        self.backend.on_error = self._request_failed
         serial = f"serial {self.values['serial']}, " if self.values["serial"] else ""
         self.endpoint = await factory.open(
             self.backend,
@@ -201,6 +204,23 @@ class DiskDevice(Device):
             name,
             read_only=not self.backend.perm & Perm.WRITE,
             description=f"{self.type_name}, {serial}{human_size(self.backend.size)}",
+        )
+
+    def _request_failed(self, reading: bool, error: int) -> None:
+        """(BlockBackend) Tell of a request that failed. No guest runs that could be stopped: its client is told."""
+        backend = self.backend
+        if backend is None:
+            return
+        policy = self.values["rerror" if reading else "werror"]
+        self.machine.events.emit(
+            "BLOCK_IO_ERROR",
+            qom_path=self.path,
+            device=backend.name,
+            node_name=backend.node.name if backend.node is not None else None,
+            operation="read" if reading else "write",
+            action="ignore" if policy == "ignore" else "report",
+            nospace=error == errno.ENOSPC if self.io_status_shown else None,
+            reason=os.strerror(error),
         )
 
     async def unrealize(self) -> None:
