@@ -31,6 +31,7 @@ bytes64: TypeAlias = Annotated[bytes, "64s"]
 bytes184: TypeAlias = Annotated[bytes, "184s"]
 
 _structs: dict[type, struct.Struct] = {}
+_offsets: dict[type, dict[str, int]] = {}
 
 
 def _struct_of(cls: type[Layout]) -> struct.Struct:
@@ -72,10 +73,11 @@ class Layout:
     @classmethod
     def offset_of(cls, name: str) -> int:
         """Return the byte offset of field `name`: for error texts and for generators of bad input."""
-        hints = typing.get_type_hints(cls, include_extras=True)
-        at = 0
-        for field in dataclasses.fields(cls):
-            if field.name == name:
-                return at
-            at += struct.calcsize(cls.ORDER + hints[field.name].__metadata__[0])
-        raise KeyError(name)
+        if cls not in _offsets:
+            hints = typing.get_type_hints(cls, include_extras=True)
+            places, at = {}, 0
+            for field in dataclasses.fields(cls):
+                places[field.name] = at
+                at += struct.calcsize(cls.ORDER + hints[field.name].__metadata__[0])
+            _offsets[cls] = places
+        return _offsets[cls][name]
