@@ -74,6 +74,7 @@ class BlockNode:
     filename_protocols  what precedes the colon of file names that `parse_filename` understands
     directory_refusal   why names cannot be relative to this node's, "" if they can
     opens_writing    True if opening a writable node needs a writable file at once (qcow2)
+    supports_snapshots  True if it keeps internal snapshots
     can_compress     True if the driver stores compressed clusters, or passes them on (COMPRESSED)
 
     Set by the graph before `open`: name, graph, node_options, given, read_only, children
@@ -91,6 +92,7 @@ class BlockNode:
     strong_options: ClassVar[Sequence[str]] = ()
     locked: bool = True
     opens_writing: ClassVar[bool] = False
+    supports_snapshots: ClassVar[bool] = False
     has_protocol_name: ClassVar[bool] = False
     can_compress: ClassVar[bool] = False
     filename_protocols: ClassVar[Sequence[str]] = ()
@@ -251,6 +253,28 @@ class BlockNode:
         Raises OSError(ENOTSUP) if the format has no checks.
         """
         raise OSError(errno.ENOTSUP, "no checks")
+
+    def find_snapshot(self, identifier: str | None, name: str | None) -> dict[str, Any] | None:
+        """Return the SnapshotInfo of the first internal snapshot with that id and that name, None for any."""
+        for one in self.image_info().get("snapshots", ()):
+            if identifier in (None, one["id"]) and name in (None, one["name"]):
+                return dict(one)
+        return None
+
+    async def snapshot_create(self, name: str, *, vm_clock: int = 0, icount: int | None = 0) -> None:
+        """Make an internal snapshot; nothing uses the node meanwhile. Raises OSError.
+
+        vm_clock   nanoseconds the machine had run     icount  instructions it had executed
+        """
+        raise OSError(errno.ENOTSUP, "no internal snapshots")
+
+    async def snapshot_apply(self, tag: str) -> None:
+        """Make the disk show again what it did in the snapshot of that id or name. Raises CommandError, OSError."""
+        raise CommandError("Block driver does not support snapshots")
+
+    async def snapshot_delete(self, name: str, identifier: str | None = None) -> None:
+        """Forget the first internal snapshot of that name, and id. Raises CommandError, OSError."""
+        raise CommandError("snapshot not found")
 
     def check_storing_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a further bitmap that the image is to keep. Raises CommandError."""

@@ -156,7 +156,7 @@ async def _store_bits(image: Image, bitmap: DirtyBitmap, taken: list[Run]) -> St
                 table[index] = host
     clusters = max(-(-len(table) * ENTRY_SIZE // image.cluster_size), 1)
     place = await _take(image, clusters, "bitmap table", taken)
-    await image.file.pwrite(place, pack_entries(table).ljust(clusters * image.cluster_size, b"\0"))
+    await image.file.pwrite(place, pack_entries(table))
     flags = BITMAP_AUTO if bitmap.enabled else 0
     bits = bitmap.granularity.bit_length() - 1
     encoded = bitmap.name.encode("utf-8", "surrogateescape")
@@ -182,7 +182,7 @@ async def _write_directory(image: Image, entries: list[StoredBitmap]) -> None:
         if entries:
             clusters = -(-len(data) // image.cluster_size)
             offset = await _take(image, clusters, "bitmap directory", taken)
-            await image.file.pwrite(offset, data.ljust(clusters * image.cluster_size, b"\0"))
+            await image.file.pwrite(offset, data)
             place = BitmapsExtension(len(entries), len(data), offset)
         header.place_bitmaps(place)
         header.autoclear = header.autoclear & ~BITMAPS | (BITMAPS if entries else 0)

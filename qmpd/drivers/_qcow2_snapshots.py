@@ -198,7 +198,7 @@ async def _write_list(image: Image, snapshots: list[Snapshot]) -> None:
             first = await image.refcounts.allocate_run(clusters, "snapshot table")
             offset = first << image.cluster_bits
             await image.check_overlap(offset, clusters << image.cluster_bits)
-            await image.file.pwrite(offset, data.ljust(clusters << image.cluster_bits, b"\0"))
+            await image.file.pwrite(offset, data)
         place = first << image.cluster_bits
         await image.write_metadata(durable=True, everything=True)
         await image.write_header_field(SNAPSHOTS_OFFSET, struct.pack(">IQ", len(snapshots), place))
@@ -230,7 +230,7 @@ async def _write_l1(image: Image, entries: Iterable[int], size: int) -> Run:
     try:
         offset = first << image.cluster_bits
         await image.check_overlap(offset, clusters << image.cluster_bits)
-        await image.file.pwrite(offset, pack_entries(table).ljust(clusters << image.cluster_bits, b"\0"))
+        await image.file.pwrite(offset, pack_entries(table))
     except BaseException:
         if not image.dead:
             await image.refcounts.give_back([(first, clusters)])
@@ -357,9 +357,9 @@ async def apply_named(image: Image, node: BlockNode, tag: str) -> int:
     return await apply_snapshot(image, found)
 
 
-async def delete_named(image: Image, name: str) -> None:
-    """Delete the first snapshot of that name. Raises CommandError, OSError."""
-    found = find_snapshot(image, None, name)
+async def delete_named(image: Image, name: str, identifier: str | None) -> None:
+    """Delete the first snapshot of that name, and id unless it is None. Raises CommandError, OSError."""
+    found = find_snapshot(image, identifier, name)
     if found is None:
         raise CommandError("snapshot not found")
     await delete_snapshot(image, found)

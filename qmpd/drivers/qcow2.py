@@ -58,6 +58,7 @@ class Qcow2Node(BlockNode):
     supports_backing = True
     can_compress = True
     opens_writing = True
+    supports_snapshots = True
     strong_options = ("encrypt.key-secret",)
 
     image: Image
@@ -239,15 +240,15 @@ class Qcow2Node(BlockNode):
         """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
         await set_lazy(self.image, lazy)
 
-    async def snapshot_create(self, name: str) -> None:
+    async def snapshot_create(self, name: str, *, vm_clock: int = 0, icount: int | None = 0) -> None:
         """Make an internal snapshot; nothing uses the node meanwhile. Raises OSError."""
-        await create_snapshot(self.image, name)
+        await create_snapshot(self.image, name, vm_clock=vm_clock, icount=icount)
 
     async def snapshot_apply(self, tag: str) -> None:
         """Make the disk show again what it did in a snapshot. Raises CommandError, OSError."""
         self.size = await apply_named(self.image, self, tag)
 
-    async def snapshot_delete(self, name: str) -> None:
+    async def snapshot_delete(self, name: str, identifier: str | None = None) -> None:
         """Forget an internal snapshot. Raises CommandError, OSError."""
         await delete_named(self.image, name)
 

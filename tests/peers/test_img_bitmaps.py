@@ -15,12 +15,23 @@ from typing import Any
 import pytest
 
 from tests.conftest import Proof
-from tests.support.daemon import RawClient, listens, program
+from tests.support.daemon import RawClient, program
 from tests.support.nbd_servers import qemu, qmpd, wait_for
 from tests.support.peers import find, need
 
 MiB = 1 << 20
 PROGRAMS = ("qemu-system-x86_64", "qmpd")
+
+
+def connected(path: Path) -> RawClient:
+    """Return a client as soon as somebody listens."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return RawClient(path)
+        except (ConnectionRefusedError, BlockingIOError):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -37,9 +48,7 @@ def machine(name: str, folder: Path) -> Iterator[tuple[RawClient, subprocess.Pop
         process = subprocess.Popen([binary, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         wait_for(path, process)
-        while not listens(path):
-            time.sleep(0.02)
-        client = RawClient(path)
+        client = connected(path)
         yield client, process
         if process.poll() is None:
             client.ok("quit")

@@ -9,11 +9,13 @@ import random
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qmpd.cli.main import img_main
 from tests.conftest import Proof
+from tests.support.nbd_servers import qemu, qmpd
 from tests.support.peers import need
 
 SIZE = 1 << 20
@@ -157,3 +159,54 @@ def test_a_snapshot_that_does_not_fit_the_refcounts_leaves_the_image_as_it_was(t
     )
     sound(image)
     write(image, "read -q -P 1 0 100k")
+
+
+def node(name: str, image: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    file = {"driver": "file", "filename": "{folder}/" + image, "node-name": f"{name}-file"}
+    return "blockdev-add", {"driver": "qcow2", "node-name": name, "file": file, **more}
+
+
+def make(device: str, name: str) -> tuple[str, dict[str, Any]]:
+    return "blockdev-snapshot-internal-sync", {"device": device, "name": name}
+
+
+def delete(device: str, **which: str) -> tuple[str, dict[str, Any]]:
+    return "blockdev-snapshot-delete-internal-sync", {"device": device, **which}
+
+
+DIALOGUE = [
+    node("q", "one.qcow2"), ("blockdev-add", {"driver": "raw", "node-name": "top", "file": "q"}), make("q", "a"),
+    make("top", "a"), make("top", "a"), make("q-file", "a"), delete("q", name="a"), delete("top", name="a"),
+    ("blockdev-del", {"node-name": "top"}), make("q", "a"), make("q", "b"), make("q", "c"), make("q", ""),
+    delete("q", name="b", id="2"), delete("q", name="c", id="2"), delete("q", id="3"), delete("q", id=""),
+    delete("nosuch"), delete("nosuch", name="x"), delete("q"), node("r", "two.qcow2", **{"read-only": True}),
+    make("r", ""), delete("r", name="z"), ("blockdev-del", {"node-name": "r"}), make("q", "x" * 300),
+    node("over", "three.qcow2", backing={"driver": "raw", "file": {"driver": "null-co", "size": 1 << 20}}),
+    make("over", "o"), delete("over", name="o"), make("nosuch", "o"),
+    ("blockdev-add", {"driver": "null-co", "node-name": "n", "size": 1 << 20}), make("n", "w"), make("n", ""),
+    delete("n", name="a"),
+]  # fmt: skip
+
+
+def test_the_commands_answer_as_qemu_does(tmp_path: Path) -> None:
+    need("qemu-storage-daemon", "qemu-img")
+    said = []
+    for name, server in (("qemu", qemu), ("qmpd", qmpd)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for image in ("one", "two", "three"):
+            ok("qemu-img", "create", "-q", "-f", "qcow2", folder / f"{image}.qcow2", "1M")
+        replies = []
+        with server(folder) as client:
+            for command, arguments in DIALOGUE:
+                text = json.dumps({"execute": command, "arguments": arguments}).replace("{folder}", str(folder))
+                reply = client.send(json.loads(text))
+                if isinstance(reply.get("return"), dict):
+                    for key in ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"):
+                        reply["return"].pop(key, None)
+                replies.append((command, arguments, reply))
+        said.append(replies)
+        sound(folder / "one.qcow2")
+        sound(folder / "three.qcow2")
+    for theirs, ours in zip(*said, strict=True):
+        assert ours == theirs

@@ -90,7 +90,7 @@ def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
         seconds = one["vm-clock-sec"]
         clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{one['vm-clock-nsec'] // 1_000_000:03}"
-        icount = str(one["icount"]) if "icount" in one else ""
+        icount = str(one["icount"]) if "icount" in one else "--"
         state = human_size(one["vm-state-size"])
         lines.append(f"{one['id']:<7} {one['name']:<16} {state:>8} {date:>19} {clock:>15} {icount:>10}")
     return lines

@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
 
 VERBS = ("create", "apply", "delete")
-UNSUPPORTED = {
-    "create": "Operation not supported",
-    "apply": "Block driver does not support snapshots",
-    "delete": "snapshot not found",
-}
-"""What the reference says of formats without internal snapshots."""
 
 
 @subcommand("snapshot", help="list, make, apply or delete internal snapshots")
@@ -73,10 +67,12 @@ class Snapshot:
 async def _change(node: BlockNode, verb: str, tag: str) -> None:
     """Make, apply or delete a snapshot. Raises CommandError."""
     try:
-        work = getattr(node, f"snapshot_{verb}", None)
-        if work is None:
-            raise CommandError(UNSUPPORTED[verb])
-        await work(tag)
+        if verb == "create":
+            await node.snapshot_create(tag)
+        elif verb == "apply":
+            await node.snapshot_apply(tag)
+        else:
+            await node.snapshot_delete(tag)
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO)
         if verb == "apply":
