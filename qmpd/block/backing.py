@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.block import filename, opening, protocol_names, ranges
 from qmpd.block.batch import Batch
+from qmpd.block.loose import undotted
 from qmpd.block.node import BlockNode
 from qmpd.block.options import NodeOptions, OpenFlags
 from qmpd.block.perm import ChildRole
@@ -82,11 +83,15 @@ def json_tree(graph: Graph, name: str, image_format: str | None) -> dict[str, An
     except ValueError as error:
         raise CommandError(f"Could not parse the JSON options of '{name}'") from error
     if isinstance(value, dict):
+        value = undotted(value)
         if image_format is not None:
             value.setdefault("driver", image_format)
         value = protocol_names.modern(graph.registry, value)
-        if isinstance(value.get("file"), dict):
-            value["file"] = protocol_names.modern(graph.registry, value["file"])
+        below = value.get("file")
+        if isinstance(below, dict):
+            if "driver" not in below and isinstance(below.get("filename"), str):
+                below = protocol_names.options_of(graph.registry, below["filename"])
+            value["file"] = protocol_names.modern(graph.registry, below)
     return graph.validate(value)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from qmpd.block.backend import BlockBackend
 from qmpd.block.graph import Graph
+from qmpd.block.loose import check_options
 from qmpd.block.perm import Perm
-from qmpd.cli.blockdev import check_options
 from qmpd.errors import CommandError
 from qmpd.events import EventBus
 from qmpd.qapi import schema as schemas

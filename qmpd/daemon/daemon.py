@@ -17,6 +17,7 @@ from typing import Any
 from qmpd.aio.clock import LoopClock
 from qmpd.aio.loop import DataLoop
 from qmpd.block.graph import Graph
+from qmpd.block.loose import check_options
 from qmpd.commands.control import version_info
 from qmpd.context import Services
 from qmpd.daemon.listen import Monitors
@@ -26,7 +27,6 @@ from qmpd.monitor.dispatch import CommandContext, Dispatcher
 from qmpd.monitor.session import greeting_line
 from qmpd.qapi import schema as qapi_schema
 from qmpd.qapi.check import registered
-from qmpd.qapi.visit import validate
 from qmpd.qom.tree import ObjectTree
 
 _log = logging.getLogger("qmpd.daemon")
@@ -54,7 +54,7 @@ class Daemon:
         events.bind(self._loop)
         objects = ObjectTree(registry)
         graph = Graph(objects, events, self._data_loop, registry)
-        graph.validate = lambda tree: validate(schema, "BlockdevOptions", tree)
+        graph.validate = lambda tree: check_options(schema, tree)
         jobs = JobManager(events)
         self.services = Services(program, schema, registry, events, objects, graph, None, jobs, self._end)
         self.monitors = Monitors(self.services.chardevs)

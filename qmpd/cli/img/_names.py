@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from qmpd.block import opening, protocol_names
 from qmpd.block.backend import BlockBackend
 from qmpd.block.batch import Batch
+from qmpd.block.loose import check_options
 from qmpd.block.node import BlockNode
 from qmpd.block.options import GENERIC_MEMBERS, NodeOptions, OpenFlags
 from qmpd.block.perm import Perm
-from qmpd.cli.blockdev import check_options
 from qmpd.cli.img import _opts
 from qmpd.errors import CommandError, QmpdError
 from qmpd.formats import probe

@@ -1,0 +1,65 @@
+"""Trees of options as images and tools write them: dotted names, and an encryption whose method is left to the image.
+
+A file name that a node shows is one (`json:{"driver": "qcow2", "encrypt.key-secret": "s", ...}`), and so
+may be the name of a backing file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qmpd.qapi.schema import Schema
+from qmpd.qapi.visit import validate
+
+
+def undotted(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with its dotted names taken apart: `a.b` is member `b` of `a`; of two equal ones the last wins."""
+    done: dict[str, Any] = {}
+    for name, value in tree.items():
+        *path, last = name.split(".")
+        place = done
+        for step in path:
+            below = place.get(step)
+            if not isinstance(below, dict):
+                below = place[step] = {}
+            place = below
+        if isinstance(value, Mapping):
+            value = undotted(value)
+            before = place.get(last)
+            if isinstance(before, dict):
+                value = before | value
+        place[last] = value
+    return done
+
+
+def check_options(schema: Schema, tree: Any, *, keyval: bool = False) -> dict[str, Any]:
+    """Return a tree of options as the schema has it, with `encrypt.format` left out where the tree leaves it out.
+
+    keyval   values are text
+    Raises ValidationError.
+    """
+    unsaid: list[tuple[str, ...]] = []
+    if isinstance(tree, Mapping):
+        tree = _complete(tree, (), unsaid)
+    checked: dict[str, Any] = dict(validate(schema, "BlockdevOptions", tree, keyval=keyval))
+    for path in unsaid:
+        place: Any = checked
+        for step in path:
+            place = place[step]
+        del place["format"]
+    return checked
+
+
+def _complete(tree: Mapping[str, Any], path: tuple[str, ...], unsaid: list[tuple[str, ...]]) -> dict[str, Any]:
+    """Return a copy of the tree with methods filled in; the places where that was done are added to `unsaid`."""
+    done = dict(tree)
+    for name, value in tree.items():
+        if not isinstance(value, Mapping):
+            continue
+        here = (*path, name)
+        done[name] = _complete(value, here, unsaid)
+        if name == "encrypt" and tree.get("driver") == "qcow2" and "format" not in value:
+            done[name]["format"] = "luks"  # the methods have the same options
+            unsaid.append(here)
+    return done
