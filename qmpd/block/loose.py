@@ -14,7 +14,7 @@ from qmpd.qapi.visit import validate
 
 
 def undotted(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with its dotted names taken apart: `a.b` is member `b` of `a`; of two equal ones the last wins."""
+    """Return the tree with dotted names taken apart: `a.b` is member `b` of `a`; of two equal ones the last wins."""
     done: dict[str, Any] = {}
     for name, value in tree.items():
         *path, last = name.split(".")
