@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block.options import OpenFlags
-from qmpd.cli.img._names import Wish, has_protocol, open_image, read_json, read_name, read_options
+from qmpd.cli.img._names import Wish, has_protocol, open_image, read_name, read_options
 from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ async def writable_chain(shop: Workshop, name: str, wish: Wish, base: str | None
         depth += 1
         if depth > MAX_CHAIN:
             raise CommandError("The backing chain is too long")
-        below = read_json(backing) if backing.startswith("json:") else read_name(backing)
+        below = read_name(backing)
         looking = Wish(image_format=backing_format)
         if backing_format is None:
             backing_format = (await link(shop, backing, looking))[0]
