@@ -23,16 +23,18 @@ OPTIONS = (
     Option("compat", "str", "version of the format: 0.10 (v2) or 1.1 (v3)", ""),
     Option("data_file", "str", "file that the content goes to, apart from the tables", ""),
     Option("data_file_raw", "bool", "keep that file usable as a raw image", ""),
+    Option("encrypt.backup", "str", "new file that the LUKS header is copied to first", ""),
     Option("encrypt.iter-time", "num", "milliseconds that the key derivation of a new passphrase takes", ""),
+    Option("encrypt.iterations", "num", "rounds of that key derivation, in place of a time", ""),
     Option("encrypt.keyslot", "num", "the key slot that is changed", ""),
     Option("encrypt.new-secret", "str", "id of the secret that a key slot is to take", ""),
     Option("encrypt.old-secret", "str", "id of the secret whose key slots are erased", ""),
-    Option("encrypt.state", "str", "what becomes of key slots: active or inactive", ""),
+    Option("encrypt.state", "str", "what becomes of key slots: active, inactive or changed", ""),
     Option("lazy_refcounts", "bool", "bring reference counts up to date late", ""),
     Option("refcount_bits", "num", "bits in a reference count", ""),
     Option("size", "size", "bytes that the disk shows", ""),
 )
-"""What can be changed, as the reference lists it."""
+"""What can be changed: what the reference lists, and `encrypt.backup`, `encrypt.iterations`, as for luks."""
 
 VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
@@ -88,7 +90,7 @@ async def amend_qcow2(shop: Workshop, backend: BlockBackend, given: Mapping[str,
         if wanted.encrypt:
             members = {"format": "luks", **wanted.encrypt}
             await node.amend(
-                {"encrypt": dict(validate(shop.schema, "QCryptoBlockAmendOptions", members, keyval=True))}, force=force
+                {"encrypt": dict(validate(shop.schema, "Qcow2LuksAmendOptions", members, keyval=True))}, force=force
             )
         if wanted.refcount_bits is not None:
             await _refcount_bits(node, wanted.refcount_bits, data["refcount-bits"], version)
