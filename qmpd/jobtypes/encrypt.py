@@ -8,12 +8,16 @@ cancelled or failed, half encrypted and in use, to be gone on with.
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from qmpd.block.backend import BlockBackend
 from qmpd.block.child import Child
+from qmpd.block.exclusive import HostFile
 from qmpd.block.graph import Graph
 from qmpd.block.node import BlockNode
 from qmpd.block.perm import Perm
@@ -27,6 +31,7 @@ from qmpd.luks.encrypt import EncryptingNode, Encryption
 from qmpd.luks.encrypt_header import prepare_header
 from qmpd.luks.shared import header_of
 from qmpd.qapi.registry import command, jobtype
+from qmpd.units import SECTOR
 
 NAP = 0.1
 """Seconds at most between two looks at whether a job that is ahead of its speed was paused or cancelled."""
@@ -50,6 +55,9 @@ class EncryptJob(BlockJob):
         if not isinstance(node, EncryptingNode) or node.encryption is None:
             raise CommandError(f"Node '{self._name}' is not being encrypted in place")
         encryption = node.encryption
+        if encryption.worker is not None:
+            raise CommandError(f"Node '{self._name}' is being encrypted by job '{encryption.worker}'")
+        encryption.worker = self.id
         backend = BlockBackend(
             self._graph, lambda: f"block job '{self.id}'", Perm.CONSISTENT_READ | Perm.WRITE, Perm.ALL
         )
@@ -58,6 +66,7 @@ class EncryptJob(BlockJob):
             await self._work(backend, encryption)
             await backend.visit(lambda _: node.finish_encryption())
         finally:
+            encryption.worker = None
             await backend.remove()
         with self._graph.change() as tran:
             tran.touch(node)
@@ -87,7 +96,7 @@ class EncryptJob(BlockJob):
         header = self._graph.lookup(options["header"], options["header"])
         if file is header:
             raise CommandError(f"The header cannot lie on the image itself, '{file.name}'")
-        await self._make_header(header, file.size)
+        await self._make_header(header, _exact_size(file))
         shared = header_of(header)
         if shared.admitted is not None:
             raise CommandError(f"Another job encrypts an image with the header '{header.name}'")
@@ -117,10 +126,22 @@ class EncryptJob(BlockJob):
                 backend.insert(header)
                 if backend.size < header_length():
                     await backend.truncate(header_length())
-                async with shared.lock:
-                    await prepare_header(backend, luks2, passphrase, size)
+                work = partial(prepare_header, backend, luks2, passphrase, size)
+                await self._graph.runner.run(shared.locked(work))
             finally:
                 await backend.remove()
+
+
+def _exact_size(node: BlockNode) -> int:
+    """Return the bytes of an image that loses none when it is written in whole sectors. Raises CommandError."""
+    below = node
+    while (below.is_filter or below.driver_name == "raw") and "file" in below.children and "size" not in below.given:
+        below = below.children["file"].node
+    if isinstance(below, HostFile):  # whose size as a node is rounded up
+        status = os.stat(below.path)
+        if stat.S_ISREG(status.st_mode) and status.st_size % SECTOR:
+            raise CommandError(f"The image has {status.st_size} bytes, expected a multiple of {SECTOR}")
+    return node.size
 
 
 _CREATION = frozenset(name.replace("_", "-") for name in Luks2Options.__dataclass_fields__)

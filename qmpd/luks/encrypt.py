@@ -164,7 +164,8 @@ class Encryption:
     """A payload on its way from plaintext to ciphertext.
 
     position   bytes that are ciphertext; what follows is plaintext still
-    stuck      the zone at the position may be half overwritten: nobody sees it until `redo`
+    stuck      the zone at the position may be half overwritten: nobody sees it until `step` wrote it again
+    worker     name of the job that is at work, None if there is none
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class Encryption:
         self.journal = journal
         self.position = 0
         self.stuck = False
+        self.worker: str | None = None
         self._sequence = 0
         self._zones = RangeTable()
 
@@ -236,6 +238,7 @@ class Encryption:
         """
         position, length = self.position, self._length()
         async with self._zones.own(position, position + length, exclusive=True):
+            assert position == self.position, "two are at work"
             data = await self._record() if self.stuck else None
             if data is None:
                 data = await self._payload.pread(position, length)

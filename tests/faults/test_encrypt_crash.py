@@ -10,7 +10,7 @@ import pytest
 
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.drivers.luks import LuksNode
-from qmpd.errors import CommandError
+from qmpd.errors import CommandError, ImageError
 from qmpd.luks.create2 import Luks2Options, header_length
 from qmpd.luks.encrypt_header import prepare_header
 from qmpd.luks.shared import header_of
@@ -105,7 +105,7 @@ async def resumed(payload: bytes, header: bytes, kind: Kind, rng: random.Random,
     below, above = MemoryNode(payload, "payload"), MemoryNode(header, "header")
     try:
         node = await open_volume(below, above)
-    except CommandError:
+    except (CommandError, ImageError):
         return None
     if node.encryption is not None:
         if again and rng.random() < 0.3:

@@ -108,6 +108,11 @@ def test_an_image_is_encrypted_while_it_is_used(tmp_path: Path) -> None:
         refused(client, "Permission conflict", driver="luks", file="disk", header="header", key_secret="sec0")
         reply = client.command("blockdev-del", node_name="vol")
         assert reply["error"]["desc"] == "Node vol is in use"
+        client.ok("blockdev-encrypt", job_id="two", node_name="vol", auto_dismiss=False)
+        while client.ok("query-jobs")[0]["status"] != "concluded":
+            time.sleep(0.01)
+        assert client.ok("query-jobs")[0]["error"] == "Node 'vol' is being encrypted by job 'enc'"
+        client.ok("job-dismiss", id="two")
         client.ok("job-resume", id="enc")
         client.ok("job-cancel", id="enc")
         assert concluded(client)["current-progress"] >= stopped
@@ -164,6 +169,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path: Path) -> 
         assert concluded(client)["error"] == "The header cannot lie on the image itself, 'disk'"
         start(client, key_secret="none")
         assert concluded(client)["error"] == "No secret with id 'none'"
+        os.truncate(payload, SIZE - 500)
+        client.ok("blockdev-add", driver="raw", node_name="odd", file={"driver": "file", "filename": str(payload)})
+        start(client, file="odd")
+        assert concluded(client)["error"] == f"The image has {SIZE - 500} bytes, expected a multiple of 512"
+        client.ok("blockdev-del", node_name="odd")
+        payload.write_bytes(plain)
         client.ok("blockdev-del", node_name="header")
         header.write_bytes(b"precious" * 3 * MiB)
         client.ok("blockdev-add", driver="file", node_name="header", filename=str(header))
@@ -198,30 +209,33 @@ def mortal(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RawClient]]:
 @pytest.mark.timeout(300)
 def test_a_killed_daemon_goes_on_where_it_was(proof: Proof, tmp_path: Path) -> None:
     need("cryptsetup")
-    plain, payload, header = images(tmp_path, 24 * MiB)
-    want = bytearray(plain)
     kills, rng, reached = proof.count(KILLS), random.Random(6), 0
-    share = 24 * MiB // (kills + 2)
-    for number in range(kills + 1):
+    size = 2 * (kills + 3) * MiB
+    plain, payload, header = images(tmp_path, size)
+    want = bytearray(plain)
+    done = 0
+    while reached < size - 3 * MiB and done < kills:
         with mortal(tmp_path) as (process, client):
             add_nodes(client, payload, header)
-            last = number == kills
-            start(client, speed=0 if last else 30 * MiB)
-            if not last:
-                job = wait_for(client, min(reached + share, 23 * MiB))
-                reached = job["current-progress"]
-                for _ in range(3):
-                    offset, pattern = rng.randrange(24 * MiB - 9000), rng.randrange(256)
-                    length = rng.randrange(1, 9000)
-                    qemu_io(client, f"write -q -P {pattern} {offset} {length}")
-                    want[offset : offset + length] = bytes([pattern]) * length
-                qemu_io(client, "flush")
-                time.sleep(rng.random() / 50)
-                process.kill()
-                process.wait()
-            else:
-                job = concluded(client)
-                assert "error" not in job, job
-    assert os.path.getsize(payload) == 24 * MiB
+            start(client, speed=8 * MiB)
+            job = wait_for(client, reached + MiB)
+            assert "error" not in job, job["error"]
+            reached = job["current-progress"]
+            for _ in range(3):
+                offset, pattern = rng.randrange(size - 9000), rng.randrange(256)
+                length = rng.randrange(1, 9000)
+                qemu_io(client, f"write -q -P {pattern} {offset} {length}")
+                want[offset : offset + length] = bytes([pattern]) * length
+            time.sleep(rng.random() / 50)
+            process.kill()
+            process.wait()
+            done += 1
+    assert done > kills // 2
+    with mortal(tmp_path) as (_, client):
+        add_nodes(client, payload, header)
+        start(client)
+        job = concluded(client)
+        assert "error" not in job, job["error"]
+    assert os.path.getsize(payload) == size
     assert decrypted(tmp_path, payload, header) == want
-    proof.record("encrypt-kill", kills=kills)
+    proof.record("encrypt-kill", kills=done)
