@@ -17,7 +17,7 @@ import pytest
 from qmpd.block.backend import BlockBackend
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.perm import Perm
-from qmpd.cli.image import Workshop, workshop
+from qmpd.cli.image import Workshop, create_image, workshop
 from qmpd.errors import CommandError
 from qmpd.qapi.visit import validate
 from tests.peers.conftest import need
@@ -28,6 +28,7 @@ from tests.support.peers import find
 SIZE = 4 << 20
 SLICE = 1 << 18
 ROUNDS = 60
+SECRET = {"qom-type": "secret", "id": "s", "data": "abc123"}
 
 
 @contextlib.contextmanager
@@ -255,3 +256,47 @@ def test_a_disk_that_came_back_changed_is_not_used(tmp_path: Path) -> None:
             process.wait(20)
 
     asyncio.run(run())
+
+
+def test_a_detached_header_and_its_payload_from_two_exports(tmp_path: Path) -> None:
+    """The header comes from qemu-nbd, the payload from another daemon of ours; QEMU reads what was written."""
+    need("qemu-img", "qemu-nbd")
+    secret = ["--object", "secret,id=s,data=abc123"]
+    header, payload = tmp_path / "header", tmp_path / "payload"
+    made = {"key-secret": "s", "iter-time": "10"}
+    asyncio.run(create_image(str(header), "luks", made, size="1M", header_only=True, objects=[SECRET]))
+    payload.write_bytes(bytes(1 << 20))
+    data = random.Random(4).randbytes(1 << 20)
+
+    async def run(header_sock: Path, payload_sock: Path) -> None:
+        async with workshop() as shop:
+            shop.add_object(SECRET)
+            nodes = {
+                name: {"driver": "nbd", "server": {"type": "unix", "path": str(sock)}, "reconnect-delay": 5}
+                for name, sock in (("file", payload_sock), ("header", header_sock))
+            }
+            tree = {"driver": "luks", "node-name": "l", "key-secret": "s", **nodes}
+            node = await shop.graph.blockdev_add(validate(shop.schema, "BlockdevOptions", tree))
+            assert node.size == 1 << 20
+            backend = BlockBackend(shop.graph, lambda: "test", Perm.CONSISTENT_READ | Perm.WRITE, Perm.ALL)
+            backend.insert(node)
+            await backend.pwrite(0, data)
+            assert await backend.pread(1000, 5000) == data[1000:6000]
+            await backend.flush()
+
+    header_sock = tmp_path / "h.sock"
+    command = [str(find("qemu-nbd")), "-k", str(header_sock), "-t", "-e", "9", "-f", "raw", str(header)]
+    process = subprocess.Popen(command)
+    try:
+        wait_for(header_sock, process)
+        disk = f"file,node-name=d,filename={payload}"
+        with qmpd(tmp_path, "--blockdev", disk, *serving(tmp_path, "nbd,id=e,node-name=d,name=,writable=on")):
+            asyncio.run(run(header_sock, tmp_path / "n.sock"))
+    finally:
+        process.terminate()
+        process.wait(20)
+    image = f"driver=luks,key-secret=s,file.driver=file,file.filename={payload}"
+    image += f",header.driver=file,header.filename={header}"
+    out = tmp_path / "out"
+    subprocess.run(["qemu-img", "convert", *secret, "-O", "raw", "--image-opts", image, str(out)], check=True)
+    assert out.read_bytes() == data
