@@ -7,6 +7,8 @@ reference where it has them.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -124,3 +126,9 @@ def choose_slots(
             "irreversibly - refusing operation"
         )
     return [index]
+
+
+def not_overwritten(index: int, error: OSError) -> CommandError:
+    """Return what to say of a slot that is out of the header, but whose material is still there."""
+    reason = os.strerror(error.errno or errno.EIO)
+    return CommandError(f"Keyslot {index} is erased, but its key material could not be overwritten: {reason}")

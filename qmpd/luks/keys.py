@@ -20,7 +20,7 @@ from qmpd.formats import luks1
 from qmpd.luks.backup import SavedFirst
 from qmpd.luks.create import fill_slot
 from qmpd.luks.detect import is_luks2
-from qmpd.luks.edits import KeyslotEdit, Passphrase, choose_slots
+from qmpd.luks.edits import KeyslotEdit, Passphrase, choose_slots, not_overwritten
 from qmpd.luks.keys2 import edit_luks2
 from qmpd.luks.policy import current
 from qmpd.luks.volume import HeaderIO, Luks1Volume, open_slot, read_padded
@@ -188,7 +188,10 @@ async def wipe_slot(target: HeaderIO, header: luks1.Luks1Header, index: int) -> 
     slot = header.slots[index]
     await _write_state(target, index, luks1.DISABLED)
     await target.flush()
-    await target.pwrite(slot.material_offset, os.urandom(align_up(header.material_length, SECTOR)))
-    await target.flush()
+    try:
+        await target.pwrite(slot.material_offset, os.urandom(align_up(header.material_length, SECTOR)))
+        await target.flush()
+    except OSError as error:
+        raise not_overwritten(index, error) from error
     await _write_entry(target, index, replace(slot, active=luks1.DISABLED, iterations=0, salt=bytes(32)))
     await target.flush()

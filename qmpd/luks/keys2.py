@@ -19,7 +19,7 @@ from qmpd.errors import CommandError, ImageError
 from qmpd.formats import luks2
 from qmpd.formats.luks2_json import MAX_OBJECTS, STRIPES, Metadata, dump_json
 from qmpd.luks.create2 import AREA_ALIGNMENT, Luks2Options, costs_for, seal
-from qmpd.luks.edits import KeyslotEdit, Passphrase, choose_slots
+from qmpd.luks.edits import KeyslotEdit, Passphrase, choose_slots, not_overwritten
 from qmpd.luks.luks2 import Luks2Volume, check_cost, read_copies
 from qmpd.luks.update2 import copied, write_copies
 from qmpd.luks.volume import HeaderIO, read_padded
@@ -223,8 +223,12 @@ class _Edit:
     async def _overwrite(self, slots: list[int]) -> None:
         for index in slots:
             slot = self.metadata.keyslots.get(str(index))
-            if slot is not None:
+            if slot is None:
+                continue
+            try:
                 await overwrite(self.target, (slot.area_offset, slot.area_size))
+            except OSError as error:
+                raise not_overwritten(index, error) from error
 
 
 def _with(ids: list[str], key: str) -> list[str]:

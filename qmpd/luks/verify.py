@@ -19,10 +19,11 @@ from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError, QmpdError
 from qmpd.formats import luks1, luks2
 from qmpd.formats.luks2_json import Keyslot, Metadata
+from qmpd.luks import policy
 from qmpd.luks.detect import is_luks2
 from qmpd.luks.keys2 import areas_of, read_both
 from qmpd.luks.luks2 import Luks2Volume, check_cost
-from qmpd.luks.volume import HeaderIO, Luks1Volume, read_padded
+from qmpd.luks.volume import HeaderIO, Luks1Volume, Volume, read_padded
 from qmpd.units import SECTOR, align_up
 
 MIN_ENTROPY = 0.9
@@ -132,10 +133,19 @@ def _sum_up(report: Report, passphrase: SecretBytes | None) -> None:
         report.problems.append("the passphrase opens no slot")
 
 
+def _hold_to_policy(volume: Volume, hash_name: str, rounds: int, report: Report) -> None:
+    try:
+        digest = policy.Cost("pbkdf2", hash_name, rounds)
+        policy.current().check(volume.version, volume.spec, digest, volume.costs())
+    except CommandError as error:
+        report.notes.append(str(error))
+
+
 async def _verify_luks1(source: HeaderIO, report: Report, passphrase: SecretBytes | None) -> None:
     header = luks1.parse_header(await read_padded(source, 0, luks1.HEADER_SIZE), detached=True)
     report.version, report.uuid = luks1.VERSION, header.uuid
     volume = Luks1Volume(header)
+    _hold_to_policy(volume, header.hash, header.phdr.mk_digest_iterations, report)
     length = align_up(header.material_length, SECTOR)
     for number, slot in enumerate(header.slots):
         row = SlotReport(number, slot.enabled)
@@ -172,6 +182,7 @@ async def _verify_luks2(source: HeaderIO, report: Report, passphrase: SecretByte
     volume: Luks2Volume | None = None
     try:
         volume = Luks2Volume(found)
+        _hold_to_policy(volume, volume.digest.hash, volume.digest.iterations, report)
     except QmpdError as error:  # valid, but nothing that we open
         report.notes.append(str(error))
     ids = {key for digest in metadata.digests.values() if digest.segments for key in digest.keyslots}
