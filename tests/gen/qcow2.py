@@ -176,10 +176,12 @@ async def open_qcow2(
     backing: BlockNode | None = None,
     read_only: bool = False,
     discard: str = "unmap",
+    flags: OpenFlags = OpenFlags.NONE,
     **options: Any,
 ) -> Qcow2Node:
     """Return an open qcow2 node on `file`; `options` are fields of Qcow2Options."""
     graph = FakeGraph()
+    graph.open_flags = flags
     node = Qcow2Node(cast(Graph, graph), "q", NodeOptions(read_only=read_only, discard=discard), {})
     node.children["file"] = edge(file, parent=node)
     await node.open(Qcow2Options(file=node.children["file"], **options))
