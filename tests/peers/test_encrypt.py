@@ -184,6 +184,29 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path: Path) -> 
     assert header.read_bytes() == b"precious" * 3 * MiB
 
 
+def test_the_tool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    need("cryptsetup")
+    plain, payload, header = images(tmp_path, 20 * MiB)
+    header.unlink()
+    command = [program("qmpd-img"), "luks", "encrypt", "--key-file", str(tmp_path / "key")]
+    command += ["--pbkdf", "pbkdf2", "--iterations", "1000", str(payload), str(header)]
+    with subprocess.Popen(command) as process:
+        begun = payload.stat().st_mtime_ns
+        while payload.stat().st_mtime_ns == begun:
+            assert process.poll() is None
+        time.sleep(0.01)
+        process.kill()
+    assert header.stat().st_mode & 0o777 == 0o600
+    assert "qmpd-encrypt-v1" in cryptsetup("luksDump", header).stdout
+    state = subprocess.run([program("qmpd-img"), "luks", "verify", header], capture_output=True, text=True)
+    assert (state.returncode, "qmpd-encrypt-v1" in state.stdout) == (0, True)
+    subprocess.run(command, check=True, timeout=60)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "the header of another LUKS volume" in again.stderr
+    assert payload.stat().st_size == 20 * MiB
+    assert decrypted(tmp_path, payload, header) == plain
+
+
 @contextlib.contextmanager
 def mortal(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RawClient]]:
     """Start a daemon that may be killed."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from qmpd.cli import luks_report
 from qmpd.cli.image import workshop
 from qmpd.cli.img._common import add_objects, check_exclusive, check_output, common, operands, parse_number, refuse
+from qmpd.cli.img._encrypt import encrypt
 from qmpd.cli.img._names import Wish, open_image
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError
@@ -40,11 +41,12 @@ VERBS = {
     "add-key": (1, "add a passphrase to IMAGE"),
     "change-key": (1, "put a passphrase in place of another one"),
     "remove-key": (1, "erase a passphrase, or a key slot"),
+    "encrypt": (2, "encrypt the data of IMAGE where it lies, its new header going to FILE; or go on with that"),
 }
 STATES = {"add-key": "active", "change-key": "changed", "remove-key": "inactive"}
 
 
-@subcommand("luks", help="look after a LUKS header: backup, restore, compare, verify, add-key, change-key, remove-key")
+@subcommand("luks", help="look after a LUKS header: backups, its state, passphrases; encrypt an image in place")
 class Luks:
     """Look after the header of a LUKS volume, or one that lies apart."""
 
@@ -83,6 +85,9 @@ class Luks:
         async with workshop() as shop:
             add_objects(shop, args.objects)
             check_exclusive(args)
+            if verb == "encrypt":
+                await encrypt(shop, args, *names)
+                return 0
             return await _Work(shop, args, names[0], as_json=as_json).run(verb, *names[1:])
 
 
