@@ -22,11 +22,19 @@ from qmpd.qapi.visit import validate
 if TYPE_CHECKING:
     from qmpd.cli.image import Workshop
 
-LUKS = (
-    "state", "new-secret", "old-secret", "keyslot", "iter-time", "iterations", "pbkdf", "pbkdf-memory",
-    "pbkdf-parallel", "backup",
-)  # fmt: skip
-"""Options of luks: the reference's, and ours from iterations on."""
+LUKS = {
+    "backup": ("str", "new file that the header is copied to before it is changed"),
+    "iter-time": ("num", "milliseconds that the key derivation takes"),
+    "iterations": ("num", "rounds or passes of the key derivation, in place of a time"),
+    "keyslot": ("num", "the key slot, where it is not found by a passphrase"),
+    "new-secret": ("str", "id of the secret with the new passphrase"),
+    "old-secret": ("str", "id of the secret with the passphrase that goes"),
+    "pbkdf": ("str", "LUKS2: key derivation: pbkdf2, argon2i or argon2id"),
+    "pbkdf-memory": ("num", "LUKS2: KiB that argon2 takes"),
+    "pbkdf-parallel": ("num", "LUKS2: threads that argon2 takes"),
+    "state": ("str", "active adds a passphrase, inactive erases one, changed does both"),
+}
+"""Options of luks, their kinds, and what they are: the reference's and ours."""
 
 
 @subcommand("amend", help="change options of an image")
@@ -82,6 +90,11 @@ class Amend:
 def _help(shop: Workshop, image_format: str) -> None:
     if image_format not in shop.graph.registry.drivers:
         raise CommandError(f"Unknown file format '{image_format}'")
+    if image_format == "luks":
+        print("Amend options for 'luks':")
+        for name, (kind, text) in LUKS.items():
+            print(f"  {f'{name}=<{kind}>':<22} - {text}")
+        return
     if image_format != "qcow2":
         raise CommandError(f"Format driver '{image_format}' does not support option amendment")
     print("Amend options for 'qcow2':")

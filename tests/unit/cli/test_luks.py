@@ -99,3 +99,10 @@ def test_a_header_is_looked_after_through_the_daemon(tmp_path: Path) -> None:
         assert "The header is well." in ctl("verify", "h")
     assert opens((tmp_path / "h.img").read_bytes(), "s")
     assert opens((tmp_path / "2.bak").read_bytes(), "n")
+
+
+def test_the_options_of_amend_are_told() -> None:
+    command = [program("qmpd-img"), "amend", "-f", "luks", "-o", "help", "x"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    assert lines[0] == "Amend options for 'luks':"
+    assert "  state=<str>            - active adds a passphrase, inactive erases one, changed does both" in lines
