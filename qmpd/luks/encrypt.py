@@ -160,6 +160,19 @@ class EncryptingNode(Protocol):
         """Make a volume that is all ciphertext a plain one; runs on the data loop. Raises OSError."""
 
 
+async def describe_progress(header: HeaderIO, journal: Journal) -> str:
+    """Tell how far a volume says that it is, which only the volume key would prove. Raises OSError."""
+    found = []
+    for number in (0, 1):
+        block = await header.pread(journal.offset + number * BLOCK, _POSITION.size)
+        magic, sequence, position, _ = _POSITION.unpack(block)
+        if magic == _POSITION_MAGIC:
+            found.append((sequence, position))
+    if not found:
+        return "the volume is being encrypted in place; its journal does not say how far it came"
+    return f"the volume is being encrypted in place: {max(found)[1]} of {journal.payload_size} bytes are"
+
+
 class Encryption:
     """A payload on its way from plaintext to ciphertext.
 

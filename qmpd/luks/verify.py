@@ -21,6 +21,7 @@ from qmpd.formats import luks1, luks2
 from qmpd.formats.luks2_json import Keyslot, Metadata
 from qmpd.luks import policy
 from qmpd.luks.detect import is_luks2
+from qmpd.luks.encrypt import SLOT_TYPE, describe_progress
 from qmpd.luks.keys2 import areas_of, read_both
 from qmpd.luks.luks2 import Luks2Volume, check_cost
 from qmpd.luks.volume import HeaderIO, Luks1Volume, Volume, read_padded
@@ -125,7 +126,7 @@ def _sum_up(report: Report, passphrase: SecretBytes | None) -> None:
             report.problems.append(f"slot {slot.slot}: {slot.damage}")
         if slot.weakness is not None:
             report.notes.append(f"slot {slot.slot} is weak: {slot.weakness}")
-        if not slot.known:
+        if not slot.known and slot.type != SLOT_TYPE:
             report.notes.append(f"slot {slot.slot} is of a kind that is not known: type '{slot.type}'")
     if not any(slot.active for slot in report.slots):
         report.problems.append("no key slot gives the volume's key")
@@ -183,6 +184,8 @@ async def _verify_luks2(source: HeaderIO, report: Report, passphrase: SecretByte
     try:
         volume = Luks2Volume(found)
         _hold_to_policy(volume, volume.digest.hash, volume.digest.iterations, report)
+        if volume.journal is not None:
+            report.notes.append(await describe_progress(source, volume.journal))
     except QmpdError as error:  # valid, but nothing that we open
         report.notes.append(str(error))
     ids = {key for digest in metadata.digests.values() if digest.segments for key in digest.keyslots}

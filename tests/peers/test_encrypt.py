@@ -200,6 +200,7 @@ def test_the_tool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert "qmpd-encrypt-v1" in cryptsetup("luksDump", header).stdout
     state = subprocess.run([program("qmpd-img"), "luks", "verify", header], capture_output=True, text=True)
     assert (state.returncode, "qmpd-encrypt-v1" in state.stdout) == (0, True)
+    assert f" of {20 * MiB} bytes are" in state.stdout
     subprocess.run(command, check=True, timeout=60)
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "the header of another LUKS volume" in again.stderr
