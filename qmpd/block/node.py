@@ -272,9 +272,18 @@ class BlockNode:
         """Make the disk show again what it did in the snapshot of that id or name. Raises CommandError, OSError."""
         raise CommandError("Block driver does not support snapshots")
 
+    async def snapshot_show(self, identifier: str, name: str) -> None:
+        """Show a snapshot from now on; the node is read-only, and keeps its size. Raises OSError."""
+        raise OSError(errno.ENOTSUP, "no internal snapshots")
+
     async def snapshot_delete(self, name: str, identifier: str | None = None) -> None:
         """Forget the first internal snapshot of that name, and id. Raises CommandError, OSError."""
         raise CommandError("snapshot not found")
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """True if the format can keep dirty bitmaps."""
+        return False
 
     def check_storing_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a further bitmap that the image is to keep. Raises CommandError."""

@@ -357,6 +357,16 @@ async def apply_named(image: Image, node: BlockNode, tag: str) -> int:
     return await apply_snapshot(image, found)
 
 
+async def show_snapshot(image: Image, identifier: str, name: str) -> None:
+    """Have an image that is open to be read show a snapshot in place of the disk. Raises OSError."""
+    assert not image.writable
+    found = find_snapshot(image, identifier, name)
+    if found is None:
+        raise OSError(errno.ENOENT, "no such snapshot")
+    image.l1 = await _snapshot_l1(image, found)
+    image.l2.clear()
+
+
 async def delete_named(image: Image, name: str, identifier: str | None) -> None:
     """Delete the first snapshot of that name, and id unless it is None. Raises CommandError, OSError."""
     found = find_snapshot(image, identifier, name)

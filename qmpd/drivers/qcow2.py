@@ -37,7 +37,7 @@ from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
 from qmpd.drivers._qcow2_options import Qcow2Options
 from qmpd.drivers._qcow2_read import read_batch
 from qmpd.drivers._qcow2_resize import resize
-from qmpd.drivers._qcow2_snapshots import apply_named, create_snapshot, delete_named
+from qmpd.drivers._qcow2_snapshots import apply_named, create_snapshot, delete_named, show_snapshot
 from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
@@ -250,10 +250,19 @@ class Qcow2Node(BlockNode):
 
     async def snapshot_delete(self, name: str, identifier: str | None = None) -> None:
         """Forget an internal snapshot. Raises CommandError, OSError."""
-        await delete_named(self.image, name)
+        await delete_named(self.image, name, identifier)
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """Version 2 has no place for bitmaps."""
+        return self.image.header.version >= 3
 
     def check_storing_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a bitmap for which the image has no place."""
+    async def snapshot_show(self, identifier: str, name: str) -> None:
+        """Show a snapshot from now on; the node is read-only. Raises OSError."""
+        await show_snapshot(self.image, identifier, name)
+
         check_storing(self.image, self, name, granularity)
 
     async def remove_stored_bitmap(self, name: str) -> None:

@@ -12,6 +12,7 @@ from qmpd.cli.img import _opts
 from qmpd.cli.img._common import add_objects, cache_mode, check_exclusive, common, operands, refuse
 from qmpd.cli.img._creation import Request, known_options, print_help
 from qmpd.cli.img._names import Wish, open_image
+from qmpd.cli.img._sources import PREFIX, check_bitmaps, copy_bitmaps, show_snapshot
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError, QmpdError
 from qmpd.units import KiB, MiB
@@ -52,14 +53,15 @@ class Convert:
         add("-W", "--oob-writes", action="store_true", help="write in any order")
         add("-C", "--copy-range-offloading", action="store_true", help="accepted; the data is always read and written")
         add("-r", "--rate", metavar="RATE", help=argparse.SUPPRESS)
-        add("--bitmaps", action="store_true", help=argparse.SUPPRESS)
+        add("--bitmaps", action="store_true", help="copy the persistent dirty bitmaps of the source too")
+        add("--skip-broken-bitmaps", action="store_true", help="but not those that were not saved properly")
         add("--salvage", action="store_true", help=argparse.SUPPRESS)
         operands(parser, "SOURCE...", "TARGET", required=2)
 
     @staticmethod
     async def run(args: argparse.Namespace) -> int:
         """Check the options, open, make, copy."""
-        for name in ("bitmaps", "salvage", "rate", "source_snapshot"):
+        for name in ("salvage", "rate"):
             if getattr(args, name):
                 raise CommandError(f"--{name.replace('_', '-')} is not supported by qmpd")
         sparse, coroutines = _sparse(args.sparse_size), _coroutines(args.parallel)
@@ -99,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
     check_exclusive(args)
     if args.target_image_opts and args.target_format:
         raise CommandError("--target-image-opts and -O are mutually exclusive")
+    if args.skip_broken_bitmaps and not args.bitmaps:
+        raise CommandError("Use of --skip-broken-bitmaps requires --bitmaps")
     if args.target_is_zero and not args.no_create:
         raise CommandError("--target-is-zero requires use of -n flag")
     if args.target_image_opts and not args.no_create:
@@ -132,6 +136,16 @@ class _Conversion:
         """Do it. Raises CommandError."""
         args = self.args
         sources = [await self._open(name, self._source_wish()) for name in names]
+        first = sources[0].node
+        assert first is not None
+        if args.source_snapshot is not None:
+            if len(sources) > 1 and not args.source_snapshot.startswith(PREFIX):
+                raise CommandError("No support for concatenating multiple snapshot")
+            await show_snapshot(first, args.source_snapshot)
+        if args.bitmaps:
+            if len(sources) > 1:
+                raise CommandError("Copying bitmaps only possible with single source")
+            check_bitmaps(first, skip_broken=args.skip_broken_bitmaps)
         size = sum(source.size for source in sources)
         if args.compress and not args.target_image_opts:
             self._check_compression(image_format)
@@ -141,12 +155,16 @@ class _Conversion:
         target = await self._open(target_name, self._target_wish(image_format, request))
         node = target.node
         assert node is not None
+        if args.bitmaps and not node.keeps_bitmaps:
+            raise CommandError(f"Format driver '{node.driver_name}' does not support bitmaps")
         if target.size < size:
             raise CommandError("output file is smaller than input file")
         # of a preallocated image that is encrypted, the zeroes in its file are no zeroes for the guest
         garbage = bool(node.image_info().get("encrypted")) and request.given.get("preallocation", "off") != "off"
         new = not args.no_create and not garbage
         await self._copy(sources, target, size, new=new, overlay="backing_file" in request.given)
+        if args.bitmaps:
+            copy_bitmaps(first, node)
 
     def _check_compression(self, image_format: str) -> None:
         """Refuse -c for a driver that does not write compressed clusters. Raises CommandError."""

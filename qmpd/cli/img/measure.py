@@ -10,6 +10,7 @@ from qmpd.cli.img import _opts
 from qmpd.cli.img._common import add_objects, check_exclusive, check_output, common, operands, parse_number, refuse
 from qmpd.cli.img._creation import Request, print_help
 from qmpd.cli.img._names import Wish, open_image
+from qmpd.cli.img._sources import bitmaps_size, show_snapshot
 from qmpd.cli.img._text import pretty
 from qmpd.cli.subcommand import subcommand
 from qmpd.errors import CommandError, QmpdError
@@ -50,8 +51,6 @@ class Measure:
             raise CommandError("--size N cannot be used together with a filename.")
         if not args.operands and size is None:
             raise CommandError("Either --size N or one filename must be specified.")
-        if args.snapshot is not None:
-            raise CommandError("Measuring an internal snapshot is not supported by qmpd")
         async with workshop() as shop:
             if _opts.asks_help(args.options):
                 print_help(shop, args.target_format, with_file=True)
@@ -63,6 +62,8 @@ class Measure:
                 wish = Wish(image_format=args.format, image_opts=args.image_opts, force_share=args.force_share)
                 backend = await open_image(shop, args.operands[0], wish)
                 node = backend.node
+                if args.snapshot is not None and node is not None:
+                    await show_snapshot(node, args.snapshot)
             info = await sizes(shop, args.target_format, args.options, size, node)
         if as_json:
             print(pretty(info))
@@ -95,8 +96,8 @@ async def sizes(
         header = encryption_length(shop, request.given)
         required, full = required + header, full + header
         info = {"required": required, "fully-allocated": full}
-        if source is not None and source.driver_name == "qcow2" and request.given.get("compat") not in ("0.10", "v2"):
-            info["bitmaps"] = 0
+        if source is not None and source.keeps_bitmaps and request.given.get("compat") not in ("0.10", "v2"):
+            info["bitmaps"] = bitmaps_size(source, int(request.given.get("cluster_size", "65536")))
         return info
     if image_format == "luks":
         size += luks_header_length(shop, request.given)
