@@ -63,9 +63,12 @@ async def nbd_server_stop(ctx: Context) -> None:
 
 
 @command("block-export-add")
-async def block_export_add(ctx: Context, *, options: dict[str, Any]) -> None:
-    """Create an export of any type."""
-    await ctx.services.exports.add(options)
+async def block_export_add(ctx: Context, *, options: dict[str, Any]) -> dict[str, Any]:
+    """Create an export of any type, and say where it is if that was asked."""
+    report = options.get("report-uri", False)
+    export = await ctx.services.exports.add({name: options[name] for name in options if name != "report-uri"})
+    uri = export.uri() if report else None
+    return {} if uri is None else {"uri": uri}
 
 
 @command("block-export-del")

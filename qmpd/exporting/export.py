@@ -50,6 +50,10 @@ class BlockExport:
         """
         raise NotImplementedError
 
+    def uri(self) -> str | None:
+        """Return the standard URI by which clients find the export, None if there is none."""
+        return None
+
     async def begin_stop(self, *, only_idle: bool) -> bool:
         """Admit no more clients. With `only_idle` do nothing and return False if there are any."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qmpd.exporting.nbd_connection import Connection
@@ -63,6 +63,23 @@ class NbdServer:
         self._accepting = False
         self._stopped = False
         self._emptied: asyncio.Future[None] | None = None
+
+    @property
+    def address(self) -> Mapping[str, str] | None:
+        """Where it listens, as a SocketAddress with host and port as they turned out; None if no URI can say it."""
+        if self._listening.path is not None:
+            return {"type": "unix", "path": os.path.abspath(self._listening.path)}
+        for sock in self._listening.sockets:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                host, port = sock.getsockname()[:2]
+                anywhere = not any(socket.inet_pton(sock.family, host))
+                return {"type": "inet", "host": "localhost" if anywhere else host, "port": str(port)}
+        return None
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether clients must use TLS."""
+        return self._context is not None
 
     # --- exports ----------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from qmpd.exporting.nbd_server import NbdServer
 from qmpd.exporting.nbd_target import NbdTarget
 from qmpd.exporting.sockets import listen_unix
 from qmpd.protocols.nbd import MAX_STRING
+from qmpd.protocols.nbd_uri import standard_uri
 from qmpd.qapi.registry import export
 
 
@@ -73,6 +74,13 @@ class NbdExport(BlockExport):
         for bitmap in self._bitmaps:
             bitmap.busy = True
         await self.exports.graph.runner.run(server.add(self._target))
+
+    def uri(self) -> str | None:
+        """Return where clients find it."""
+        address = self._server.address
+        if address is None:
+            return None
+        return standard_uri(address, self._target.name.decode(), tls=self._server.encrypted)
 
     def _find_bitmap(self, node: BlockNode, wanted: str | Mapping[str, Any]) -> DirtyBitmap:
         """Return a bitmap of the node or of those below it, or one named with its node. Raises CommandError."""

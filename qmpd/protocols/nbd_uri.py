@@ -126,12 +126,12 @@ def uri(server: Mapping[str, Any], export: str | None) -> str:
     return ""
 
 
-def standard_uri(server: Mapping[str, Any], export: str) -> str | None:
+def standard_uri(server: Mapping[str, Any], export: str, *, tls: bool = False) -> str | None:
     """Return the URI of an export as doc/uri.md has it, escaped; None for an address that no URI can name."""
-    name = quote(export, safe="")
+    name, scheme = quote(export, safe=""), "nbds" if tls else "nbd"
     if server["type"] == "unix" and not server.get("abstract"):
-        return f"nbd+unix:///{name}?socket={quote(server['path'], safe='/')}"
+        return f"{scheme}+unix:///{name}?socket={quote(server['path'], safe='/')}"
     if server["type"] == "inet":
         host = f"[{server['host']}]" if ":" in server["host"] else server["host"]
-        return f"nbd://{host}:{server['port']}/{name}"
+        return f"{scheme}://{host}:{server['port']}/{name}"
     return None
