@@ -248,6 +248,10 @@ class Qcow2Node(BlockNode):
         """Make the disk show again what it did in a snapshot. Raises CommandError, OSError."""
         self.size = await apply_named(self.image, self, tag)
 
+    async def snapshot_show(self, identifier: str, name: str) -> None:
+        """Show a snapshot from now on; the node is read-only. Raises OSError."""
+        await show_snapshot(self.image, identifier, name)
+
     async def snapshot_delete(self, name: str, identifier: str | None = None) -> None:
         """Forget an internal snapshot. Raises CommandError, OSError."""
         await delete_named(self.image, name, identifier)
@@ -259,10 +263,6 @@ class Qcow2Node(BlockNode):
 
     def check_storing_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a bitmap for which the image has no place."""
-    async def snapshot_show(self, identifier: str, name: str) -> None:
-        """Show a snapshot from now on; the node is read-only. Raises OSError."""
-        await show_snapshot(self.image, identifier, name)
-
         check_storing(self.image, self, name, granularity)
 
     async def remove_stored_bitmap(self, name: str) -> None:
