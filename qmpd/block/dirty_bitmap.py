@@ -381,10 +381,15 @@ def create(node: BlockNode, name: str | None, granularity: int) -> DirtyBitmap:
     return bitmap
 
 
-def add(node: BlockNode, name: str, granularity: int | None, *, persistent: bool, disabled: bool) -> DirtyBitmap:
-    """Do what block-dirty-bitmap-add does. Raises CommandError."""
+def check_name(name: str) -> None:
+    """Raise CommandError for an empty name, which commands say before anything of the node."""
     if not name:
         raise CommandError("Bitmap name cannot be empty")
+
+
+def add(node: BlockNode, name: str, granularity: int | None, *, persistent: bool, disabled: bool) -> DirtyBitmap:
+    """Do what block-dirty-bitmap-add does. Raises CommandError."""
+    check_name(name)
     if granularity is None:
         granularity = default_granularity(node)
     elif not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY or granularity & granularity - 1:

@@ -23,6 +23,7 @@ async def block_dirty_bitmap_add(
     disabled: bool = False,
 ) -> None:
     """Make a bitmap, clean and recording."""
+    dirty_bitmap.check_name(name)
     found = ctx.graph.lookup(node, node)
     dirty_bitmap.add(found, name, granularity, persistent=persistent, disabled=disabled)
 

@@ -42,6 +42,7 @@ def _abort(ctx: Context, data: dict[str, Any]) -> contextlib.AbstractAsyncContex
 
 @contextlib.asynccontextmanager
 async def _bitmap_add(ctx: Context, data: dict[str, Any]) -> AsyncIterator[None]:
+    dirty_bitmap.check_name(data["name"])
     node = ctx.graph.lookup(data["node"], data["node"])
     bitmap = dirty_bitmap.add(
         node,
