@@ -183,22 +183,30 @@ class _Restore2:
         return found
 
     async def _first_step(self, old: luks2.Found) -> dict[str, Any] | None:
-        """Put slots of the backup where nothing is, and return the JSON with those alone; None: by force only."""
-        while True:
-            taken = areas_of(old.copy.metadata)
+        """Put slots of the backup where nothing is, and return the JSON with those alone; None: by force only.
+
+        If that takes the place of slots of before, these go, all but one. Nothing is written unless it works out.
+        """
+        metadata = old.copy.metadata
+        digests = [digest for digest in metadata.digests.values() if digest.segments]
+        ids = sorted({key for digest in digests for key in digest.keyslots}, key=int)
+        for count in range(max(len(ids), 1)):
+            gone = ids[len(ids) - count :]
+            kept = [slot for key, slot in metadata.keyslots.items() if key not in gone]
+            taken = sorted((slot.area_offset, slot.area_size) for slot in kept)
             ready = [number for number, area in self.parsed.slots.items() if await self._ready(area, taken)]
-            if ready:
-                return await self._place(ready)
-            try:
-                return await self._place_spare(old.copy.metadata, taken)
-            except CommandError:
-                smaller = self._without_one(old)
-                if smaller is None:
-                    if self.force:
-                        return None
-                    raise
-            await write_copies(self.target, old, smaller, _HEADER)
-            old = await read_both(self.target)
+            spare = None if ready else self._spare(metadata, taken)
+            if not ready and spare is None:
+                continue
+            if gone:
+                tree = copied(metadata.tree)
+                for key in gone:
+                    forget(tree, key)
+                await write_copies(self.target, old, tree, _HEADER)
+            return await self._place(ready) if spare is None else await self._place_spare(*spare)
+        if self.force:
+            return None
+        raise CommandError("The keyslot area has no room for an order of writes that survives a crash")
 
     async def _ready(self, area: Area, taken: list[Area]) -> bool:
         """Say whether what the backup has in `area` can be there without harm, or is."""
@@ -214,17 +222,24 @@ class _Restore2:
         await self.target.flush()
         return self._tree_of(ready)
 
-    async def _place_spare(self, now: Metadata, taken: list[Area]) -> dict[str, Any]:
+    def _spare(self, now: Metadata, taken: list[Area]) -> tuple[int, Area] | None:
+        """Return a slot of the backup and a place for the time being, None if there is none."""
         number = min(self.parsed.slots, key=lambda one: self.parsed.slots[one][1])
-        offset, size = self.parsed.slots[number]
-        key_length = self.new.metadata.keyslots[str(number)].key_size
-        place, length = find_gap(now, key_length, taken)
-        length = min(length, size)
+        size = self.parsed.slots[number][1]
+        try:
+            place, length = find_gap(now, self.new.metadata.keyslots[str(number)].key_size, taken)
+        except CommandError:
+            return None
+        return number, (place, min(length, size))
+
+    async def _place_spare(self, number: int, spare: Area) -> dict[str, Any]:
+        self.spare = spare
+        place, length = spare
+        start = self.parsed.slots[number][0]
         for at in range(0, length, CHUNK):
             end = min(at + CHUNK, length)
-            await self.target.pwrite(place + at, self.image[offset + at : offset + end])
+            await self.target.pwrite(place + at, self.image[start + at : start + end])
         await self.target.flush()
-        self.spare = (place, length)
         tree = self._tree_of([number])
         tree["keyslots"][str(number)]["area"] |= {"offset": str(place), "size": str(length)}
         return tree
@@ -235,17 +250,6 @@ class _Restore2:
         for key in list(tree["keyslots"]):
             if int(key) not in keep:
                 forget(tree, key)
-        return tree
-
-    def _without_one(self, old: luks2.Found) -> dict[str, Any] | None:
-        """Return the JSON without one of the slots of before, None if it is the last that opens the volume."""
-        metadata = old.copy.metadata
-        digests = [digest for digest in metadata.digests.values() if digest.segments]
-        ids = sorted({key for digest in digests for key in digest.keyslots}, key=int)
-        if len(ids) < 2:
-            return None
-        tree = copied(metadata.tree)
-        forget(tree, ids[-1])
         return tree
 
     async def _fill(self, keep: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpd.errors import QmpdError
+from qmpd.errors import CommandError, QmpdError
 from qmpd.luks.backup import Bytes
 from qmpd.luks.restore import restore_header
 from qmpd.luks.verify import entropy, verify_header
@@ -226,6 +226,19 @@ def test_whatever_is_wrong_with_a_header_is_said_in_words(
         assert target.data == data
     else:
         assert opens(bytes(target.data), "s")
+
+
+async def test_a_restore_that_no_order_makes_safe_is_refused_unless_forced() -> None:
+    """A keyslot area that is full with one slot, whose material is not the backup's."""
+    image = gen.header()
+    target = test_keys.Recorded(image)
+    target.data[2 * gen.COPY + 1000] ^= 1
+    before = bytes(target.data)
+    with pytest.raises(CommandError, match="no room for an order of writes that survives a crash"):
+        await restore_header(target, image, force=False)
+    assert target.data == before
+    await restore_header(target, image, force=True)
+    assert await test_keys2.opens(target.data, "s")
 
 
 def test_entropy() -> None:
