@@ -12,7 +12,7 @@ def test_an_empty_name_is_refused_before_a_node_that_there_is_not(tmp_path: Path
     with running(tmp_path) as daemon:
         client = daemon.client()
         for reply in (
-            client.command("block-dirty-bitmap-add", node="nosuch", name=""),
+            client.send({"execute": "block-dirty-bitmap-add", "arguments": add["data"]}),
             client.command("transaction", actions=[add]),
         ):
             assert reply["error"]["desc"] == "Bitmap name cannot be empty"
