@@ -3,7 +3,7 @@
 _qmpd_img() {
   local current=${COMP_WORDS[COMP_CWORD]} before="" command="" word=""
   (( COMP_CWORD > 0 )) && before=${COMP_WORDS[COMP_CWORD-1]}
-  local -r known=" amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot "
+  local -r known=" amend bench bitmap check commit compare convert create dd info luks map measure rebase resize snapshot "
   for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
     if [[ -z $command && $known == *" $word "* ]]; then command=$word; fi
   done
@@ -66,6 +66,20 @@ _qmpd_img() {
     "info:-f"|"info:--format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
     "info:--object") COMPREPLY=(); return ;;
     "info:--output") COMPREPLY=( $(compgen -W "human json" -- "$current") ); return ;;
+    "luks:--object") COMPREPLY=(); return ;;
+    "luks:--output") COMPREPLY=( $(compgen -W "human json" -- "$current") ); return ;;
+    "luks:-f"|"luks:--format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
+    "luks:-d"|"luks:--key-file") COMPREPLY=( $(compgen -f -- "$current") ); return ;;
+    "luks:--new-key-file") COMPREPLY=( $(compgen -f -- "$current") ); return ;;
+    "luks:--secret") COMPREPLY=(); return ;;
+    "luks:--new-secret") COMPREPLY=(); return ;;
+    "luks:-S"|"luks:--key-slot") COMPREPLY=(); return ;;
+    "luks:--pbkdf") COMPREPLY=( $(compgen -W "pbkdf2 argon2i argon2id" -- "$current") ); return ;;
+    "luks:--iter-time") COMPREPLY=(); return ;;
+    "luks:--iterations") COMPREPLY=(); return ;;
+    "luks:--pbkdf-memory") COMPREPLY=(); return ;;
+    "luks:--pbkdf-parallel") COMPREPLY=(); return ;;
+    "luks:--backup") COMPREPLY=( $(compgen -f -- "$current") ); return ;;
     "map:-f"|"map:--format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
     "map:--object") COMPREPLY=(); return ;;
     "map:--output") COMPREPLY=( $(compgen -W "human json" -- "$current") ); return ;;
@@ -104,12 +118,13 @@ _qmpd_img() {
     "create") COMPREPLY=( $(compgen -W "-h --help -q --quiet --object -f --format -o --options -b --backing -F --backing-format -u --backing-unsafe --iterations" -- "$current") ) ;;
     "dd") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share -O --output-format -o --options" -- "$current") ) ;;
     "info") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share --output -b --backing-chain" -- "$current") ) ;;
+    "luks") COMPREPLY=( $(compgen -W "-h --help -q --quiet --image-opts --object --output -f --format --force -d --key-file --new-key-file --secret --new-secret -S --key-slot --pbkdf --iter-time --iterations --pbkdf-memory --pbkdf-parallel --backup" -- "$current") ) ;;
     "map") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share --output -s --start-offset -l --max-length" -- "$current") ) ;;
     "measure") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share --output -O --target-format -o --options -s --size -l --snapshot" -- "$current") ) ;;
     "rebase") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress -f --format --image-opts --object -U --force-share -t --cache -b --backing -F --backing-format -T --backing-cache -u --backing-unsafe" -- "$current") ) ;;
     "resize") COMPREPLY=( $(compgen -W "-h --help -q --quiet -f --format --image-opts --object --shrink --preallocation" -- "$current") ) ;;
     "snapshot") COMPREPLY=( $(compgen -W "-h --help -q --quiet -f --format --image-opts --object -U --force-share -l --list -c --create -a --apply -d --delete" -- "$current") ) ;;
-    '') COMPREPLY=( $(compgen -W "--help --version -h amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot" -- "$current") ) ;;
+    '') COMPREPLY=( $(compgen -W "--help --version -h amend bench bitmap check commit compare convert create dd info luks map measure rebase resize snapshot" -- "$current") ) ;;
   esac
   [[ $current != -* && -n $command ]] && COMPREPLY+=( $(compgen -f -- "$current") )
   return 0

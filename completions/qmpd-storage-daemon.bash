@@ -8,6 +8,7 @@ _qmpd_storage_daemon() {
     ":--blockdev") COMPREPLY=(); return ;;
     ":--chardev") COMPREPLY=(); return ;;
     ":--export") COMPREPLY=(); return ;;
+    ":--luks-policy") COMPREPLY=(); return ;;
     ":--monitor") COMPREPLY=(); return ;;
     ":--nbd-server") COMPREPLY=(); return ;;
     ":--object") COMPREPLY=(); return ;;
@@ -15,7 +16,7 @@ _qmpd_storage_daemon() {
     ":-T"|":--trace") COMPREPLY=(); return ;;
   esac
   case "$command" in
-    '') COMPREPLY=( $(compgen -W "--blockdev --chardev --daemonize --export --help --monitor --nbd-server --object --pidfile --trace --version -T -V -h" -- "$current") ) ;;
+    '') COMPREPLY=( $(compgen -W "--blockdev --chardev --daemonize --export --help --luks-policy --monitor --nbd-server --object --pidfile --trace --version -T -V -h" -- "$current") ) ;;
   esac
   [[ $current != -* && -n $command ]] && COMPREPLY+=( $(compgen -f -- "$current") )
   return 0

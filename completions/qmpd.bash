@@ -13,6 +13,7 @@ _qmpd() {
     ":-device") COMPREPLY=(); return ;;
     ":-export") COMPREPLY=(); return ;;
     ":-nbd-server") COMPREPLY=(); return ;;
+    ":-luks-policy") COMPREPLY=(); return ;;
     ":-guest") COMPREPLY=(); return ;;
     ":-machine") COMPREPLY=(); return ;;
     ":-M") COMPREPLY=(); return ;;
@@ -34,7 +35,7 @@ _qmpd() {
     ":-trace") COMPREPLY=(); return ;;
   esac
   case "$command" in
-    '') COMPREPLY=( $(compgen -W "-D -M -S -T -accel -blockdev -boot -chardev -cpu -daemonize -device -display -export -global -guest -h -help -m -machine -mon -msg -name -nbd-server -no-reboot -no-shutdown -no-user-config -nodefaults -nographic -object -overcommit -pidfile -qmp -rtc -smp -trace -uuid -version" -- "$current") ) ;;
+    '') COMPREPLY=( $(compgen -W "-D -M -S -T -accel -blockdev -boot -chardev -cpu -daemonize -device -display -export -global -guest -h -help -luks-policy -m -machine -mon -msg -name -nbd-server -no-reboot -no-shutdown -no-user-config -nodefaults -nographic -object -overcommit -pidfile -qmp -rtc -smp -trace -uuid -version" -- "$current") ) ;;
   esac
   [[ $current != -* && -n $command ]] && COMPREPLY+=( $(compgen -f -- "$current") )
   return 0

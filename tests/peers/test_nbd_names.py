@@ -134,15 +134,13 @@ def test_images_on_exports_are_described_alike(export: Path) -> None:
     base = f"nbd+unix:///exp?socket={export}/base.sock"
     top = str(export / "top")
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
-    unformatted = str(export / "unformatted")
     server = f'{{"type":"unix","path":"{export}/base.sock"}}'
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", "raw", unformatted, "1M")
     by_json = str(export / "json")
     described = f'json:{{"driver":"raw","file":{{"driver":"nbd","export":"exp","server":{server}}}}}'
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", described, "-F", "raw", by_json)
     for args in (
-        [base], ["-f", "raw", base], ["--output=json", base], ["--backing-chain", top], ["--backing-chain", by_json],
-        ["--backing-chain", unformatted], ["--output=json", "--backing-chain", top],
+        [base], ["--output=json", base], ["--backing-chain", top], ["--backing-chain", by_json],
+        ["--output=json", "--backing-chain", top],
         [f"nbd+unix:///exp?socket={export}/relative.sock"],
         ["--output=json", f"nbd:unix:{export}/relative.sock:exportname=exp"],
         [f"nbd+unix:///nosuch?socket={export}/base.sock"],
@@ -175,3 +173,13 @@ def test_data_goes_to_and_from_an_export(export: Path) -> None:
     assert (export / "base").read_bytes() == fresh.read_bytes()
     refused = subprocess.run([tool, "resize", "-f", "raw", base, "2M"], capture_output=True, text=True, check=False)
     assert refused.stderr == "qmpd-img: Cannot resize NBD nodes\n"
+
+
+def test_no_image_is_made_on_an_export(export: Path) -> None:
+    name = f"nbd+unix:///exp?socket={export}/base.sock"
+    done = subprocess.run(
+        [program("qmpd-img"), "create", "-f", "qcow2", name, "1M"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "does not support image creation" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -59,6 +59,7 @@ _LUKS = (
 _LUKS_OWN = (
     Option("iterations", "num", "rounds or passes of the key derivation, in place of a time", "iterations"),
     Option("uuid", "str", "identifier of the volume", "uuid"),
+    Option("force", "bool", "make also a key slot that the policy has a higher floor for", "force"),
 )
 FORMATS: Mapping[str, tuple[Option, ...]] = {
     "raw": (SIZE,),
@@ -296,7 +297,9 @@ def full_name(image: str, backing: str) -> str:
 
 async def img_create(request: Request, *, unsafe: bool = False, quiet: bool = False) -> None:
     """Check a request, say what is made, and make it (bdrv_img_create). Raises CommandError."""
-    protocol_tree(request.filename)
+    place = protocol_tree(request.filename)
+    if "filename" not in place:
+        raise CommandError(f"Protocol driver '{place['driver']}' does not support image creation")
     await request.find_backing(unsafe=unsafe)
     if request.size is None and not request.header_only:
         raise CommandError("Image creation needs a size parameter")
