@@ -56,7 +56,8 @@ class NewEncryption:
         self._passphrase = self._objects.passphrase(secret)
         if header.crypt_method == CRYPT_LUKS:
             members = {name.replace("-", "_"): value for name, value in self._options.items()}
-            self._luks = Luks1Options(**{name: members.get(name) for name in Luks1Options.__dataclass_fields__})
+            known = Luks1Options.__dataclass_fields__
+            self._luks = Luks1Options(**{name: value for name, value in members.items() if name in known})
             self.length = header_length(self._luks)
 
     def place(self, header: Header, offset: int) -> None:

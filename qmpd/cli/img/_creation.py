@@ -76,7 +76,6 @@ FORMATS: Mapping[str, tuple[Option, ...]] = {
         Option("pbkdf-parallel", "num", "LUKS2: threads that argon2 takes", "pbkdf-parallel"),
         Option("label", "str", "LUKS2: name of the volume", "label"),
         Option("subsystem", "str", "LUKS2: what the volume belongs to", "subsystem"),
-        Option("force", "bool", "make also a key slot that the policy has a higher floor for", "force"),
     ),
     "qcow2": (
         Option("encryption", "bool", "encrypt by the old method, same as encrypt.format=aes", "encrypt"),
