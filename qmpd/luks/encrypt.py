@@ -143,8 +143,11 @@ def _position_block(key: SecretBytes, sequence: int, position: int) -> bytes:
 
 
 async def begin_journal(header: HeaderIO, journal: Journal, key: SecretBytes) -> None:
-    """Prepare the journal of a new volume, whose header does not count yet. Raises OSError."""
-    await header.pwrite(journal.offset, _position_block(key, 0, 0).ljust(3 * BLOCK, b"\0"))
+    """Prepare the journal of a new volume, whose header does not count yet. Raises OSError.
+
+    All of it is written, so that no later write to it finds the disk full.
+    """
+    await header.pwrite(journal.offset, _position_block(key, 0, 0).ljust(journal.size, b"\0"))
 
 
 @runtime_checkable

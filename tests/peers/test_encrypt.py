@@ -135,6 +135,40 @@ def test_an_image_is_encrypted_while_it_is_used(tmp_path: Path) -> None:
     assert "abc123" not in daemon.log
 
 
+def test_four_writers_of_another_program_see_what_they_wrote(tmp_path: Path) -> None:
+    """fio writes through an NBD export of the volume while it is encrypted, and verifies then and afterwards."""
+    need("fio")
+    plain, payload, header = images(tmp_path, 16 * MiB)
+    with running(tmp_path) as daemon:
+        client = daemon.client()
+        add_nodes(client, payload, header)
+        start(client, speed=4 * MiB)
+        wait_for(client, MiB)
+        address = {"type": "unix", "data": {"path": str(tmp_path / "nbd.sock")}}
+        client.ok("nbd-server-start", addr=address, max_connections=0)
+        export = {"type": "nbd", "id": "e", "node-name": "vol", "name": "vol", "writable": True}
+        assert client.send({"execute": "block-export-add", "arguments": export}) == {"return": {}}
+        work = ["fio", "--ioengine=nbd", f"--uri=nbd+unix:///vol?socket={tmp_path / 'nbd.sock'}", "--rw=randwrite"]
+        work += ["--bsrange=512-96k", "--bs_unaligned=0", "--iodepth=4", "--verify=crc32c", "--randseed=7"]
+        for number in range(4):  # two before the position at first, two behind it
+            work += [f"--name=w{number}", f"--offset={number * 4 * MiB}", f"--size={3 * MiB}"]
+        done = subprocess.run(work, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert client.ok("query-jobs")[0]["status"] == "running", "the job was done too early to tell"
+        client.ok("job-cancel", id="enc")
+        concluded(client)
+        start(client)
+        job = concluded(client)
+        assert "error" not in job, job
+        done = subprocess.run([*work, "--verify_only"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        client.ok("block-export-del", id="e")
+    found = decrypted(tmp_path, payload, header)
+    for number in range(4):  # nobody wrote to the rest
+        rest = slice(number * 4 * MiB + 3 * MiB, (number + 1) * 4 * MiB)
+        assert found[rest] == plain[rest]
+
+
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_a_qcow2_image_is_encrypted_below_its_own_size(tmp_path: Path, sector: int) -> None:
     """The ciphertext goes into the qcow2 image, whose virtual size stays what it was."""
