@@ -207,6 +207,15 @@ class Graph:
         finally:
             self._reserved.discard(node.name)
 
+    async def stop_waiting(self) -> None:
+        """Have every node fail what waits for something outside that may never come: the program ends."""
+
+        async def work() -> None:
+            for node in list(self._nodes.values()):
+                node.stop_waiting()
+
+        await self.runner.run(work())
+
     async def close_all(self) -> None:
         """Close every node, parents first: at the end of the program."""
         for backend in list(self.backends):

@@ -158,6 +158,12 @@ class BlockNode:
         """Flush own caches and release everything; children are still attached. Never raises
         for I/O errors: they are logged."""
 
+    def stop_waiting(self) -> None:
+        """Fail what waits for something outside that may never come, from now on: the program ends.
+
+        Runs on the data loop.
+        """
+
     # --- I/O --------------------------------------------------------------------------------
 
     async def preadv(self, batch: Batch) -> None:

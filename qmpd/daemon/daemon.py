@@ -97,6 +97,7 @@ class Daemon:
         self.monitors.stop_listening()
         await self.dispatcher.stop(COMMAND_PATIENCE)
         for step in (
+            self.services.graph.stop_waiting,
             *reversed(self.at_end),
             self.services.exports.close,
             self.services.jobs.close,

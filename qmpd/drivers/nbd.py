@@ -146,6 +146,7 @@ class NbdNode(BlockNode):
         self._may_wait = False
         """Requests wait for a new connection; else they fail."""
         self._broken = False
+        self._patient = bool(options.reconnect_delay)
         self._held: deque[Pending] = deque()
         self._slots = MAX_IN_FLIGHT
         self._slot_waiters: deque[asyncio.Future[None]] = deque()
@@ -237,6 +238,11 @@ class NbdNode(BlockNode):
             self._link.close()
             self._link = None
 
+    def stop_waiting(self) -> None:
+        """Fail what waits for a connection, now and later."""
+        self._patient = self._may_wait = False
+        self._give_up()
+
     # --- losing and finding the server ----------------------------------------------------------------
 
     def _lost(self, error: Exception) -> None:
@@ -246,7 +252,7 @@ class NbdNode(BlockNode):
         under_way = list(link.transmission.pending.values())
         log.warning("node '%s': connection to the NBD server lost: %s", self.name, error)
         self._broken = isinstance(error, ProtocolError)
-        self._may_wait = bool(self.options.reconnect_delay) and not self._broken
+        self._may_wait = self._patient and not self._broken
         for pending in under_way:
             pending.reset()
         self._held.extendleft(reversed(under_way))

@@ -118,3 +118,18 @@ def test_errors_of_the_storage_reach_the_client(daemon: Daemon, tmp_path: Path, 
         [told] = events(monitor, 1)
         assert (told["nospace"], told["operation"]) == (error == "ENOSPC", "write")
         client.close()
+
+
+def test_a_daemon_that_is_told_to_end_waits_for_no_server(daemon: Daemon, tmp_path: Path) -> None:
+    monitor = daemon.client()
+    with nbdkit(tmp_path / "b.sock", "memory", "1M") as server:
+        client = Client(str(plug(monitor, tmp_path / "b.sock", reconnect_delay=1000)))
+        client.go(b"")
+        server.kill()
+        server.wait()
+        client.send(READ, 0, 512)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        assert daemon.stop() in (0, -15)
+        assert time.monotonic() - begun < 10
+        client.close()
