@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from qmpd.drivers import _qcow2_repair as repair
 from qmpd.drivers._qcow2_image import Image
 from qmpd.formats.qcow2 import (
+    ALL_ALLOCATED,
     COMPRESSED,
     COPIED,
     ENTRY_SIZE,
@@ -22,6 +23,7 @@ from qmpd.formats.qcow2 import (
     MAX_L1_BYTES,
     OFFSET_MASK,
     REFCOUNT_TABLE_MASK,
+    SUBCLUSTERS,
     ZERO,
     compressed_extent,
     hex0,
@@ -228,7 +230,9 @@ async def _count_l1(
 async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: int, *, active: bool) -> None:
     table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
     expected = 0
-    for entry in table:
+    for index, entry in enumerate(table[:: _stride(image)]):
+        if image.extended:
+            _check_bitmap(result, index, entry, table[2 * index + 1])
         if not entry:
             continue
         if entry & COMPRESSED:
@@ -261,6 +265,28 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
                 result.fragmented_clusters += 1
             expected = place + image.cluster_size
         _refer(image, counts, result, place, image.cluster_size)
+
+
+def _stride(image: Image) -> int:
+    """Return the integers of an L2 entry."""
+    return 2 if image.extended else 1
+
+
+def _check_bitmap(result: CheckResult, index: int, entry: int, bitmap: int) -> None:
+    """Say what is wrong with the subclusters of an extended L2 entry."""
+    offset = entry & OFFSET_MASK
+    if entry & COMPRESSED:
+        if not bitmap:
+            return
+        text = f"compressed cluster {index} with non-zero subcluster allocation bitmap, entry={hex0(entry)}"
+    elif not offset and bitmap & ALL_ALLOCATED:
+        text = "Unallocated cluster has non-zero subcluster allocation map"
+    elif offset and bitmap >> SUBCLUSTERS & bitmap:
+        text = f"offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+    else:
+        return
+    result.say(f"ERROR {text}")
+    result.corruptions += 1
 
 
 async def _count_bitmaps(image: Image, counts: Counts, result: CheckResult) -> None:
@@ -328,7 +354,8 @@ async def _check_copied(image: Image, result: CheckResult, *, fix: bool) -> None
                 result.corruptions += 1
         table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
         changed = False
-        for at, value in enumerate(table):
+        for at in range(0, len(table), _stride(image)):
+            value = table[at]
             place = value & OFFSET_MASK
             if not place or value & COMPRESSED or place % image.cluster_size:
                 continue

@@ -171,7 +171,7 @@ async def _link(image: Image, clusters: list[Packed]) -> None:
                 lost.append(one)
             else:
                 old = place.slice.table[place.index]
-                set_entry(image, place, compressed_entry(one.host, len(one.data), image.cluster_bits))
+                set_entry(image, place, compressed_entry(one.host, len(one.data), image.cluster_bits), 0)
                 free_entry(image, old, "other")
     if lost:
         await _give_back(image, lost)

@@ -24,12 +24,16 @@ from qmpd.formats.qcow2 import (
 from qmpd.formats.qcow2_header import (
     COMPRESSION,
     COMPRESSION_TYPES,
+    EXTENDED_L2,
     LAZY_REFCOUNTS,
     MAX_BACKING_NAME,
     MAX_FORMAT_NAME,
     Header,
 )
 from qmpd.units import KiB, MiB, is_power_of_two
+
+MIN_EXTENDED_CLUSTER = 16 * KiB
+"""Bytes in a cluster of an image with subclusters at least: each has 512."""
 
 WRITE_CHUNK = 1 * MiB
 """Bytes written at once where tables or zeroes are long."""
@@ -75,6 +79,7 @@ async def create_qcow2(
     backing_fmt: str | None = None,
     preallocation: str = "off",
     compression_type: str = "zlib",
+    extended_l2: bool = False,
     encryption: NewEncryption | None = None,
 ) -> None:
     """Make an image of `size` bytes on `file`, which is empty or whose contents do not matter.
@@ -84,7 +89,15 @@ async def create_qcow2(
     for options that do not go together, OSError.
     """
     _check_options(size, cluster_size, version, refcount_bits, lazy_refcounts)
-    if backing_file is not None and preallocation != "off":
+    if extended_l2 and version < 3:
+        raise CommandError(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if extended_l2 and cluster_size < MIN_EXTENDED_CLUSTER:
+        raise CommandError(
+            f"Extended L2 entries are only supported with cluster sizes of at least {MIN_EXTENDED_CLUSTER} bytes"
+        )
+    if backing_file is not None and preallocation != "off" and not extended_l2:
         raise CommandError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
     if backing_fmt is not None and backing_file is None:
         raise CommandError("Backing format cannot be used without backing file")
@@ -100,7 +113,7 @@ async def create_qcow2(
         refcount_order=refcount_bits.bit_length() - 1,
         compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
         compression_type=COMPRESSION_TYPES.index(compression_type),
-        incompatible=0 if compression_type == "zlib" else COMPRESSION,
+        incompatible=(0 if compression_type == "zlib" else COMPRESSION) | (EXTENDED_L2 if extended_l2 else 0),
         backing_file=(backing_file or "").encode("utf-8", "surrogateescape"),
         backing_format=(backing_fmt or "").encode("utf-8", "surrogateescape"),
     )
@@ -208,15 +221,16 @@ async def _write_l1(file: Target, header: Header, layout: _Layout) -> None:
             await file.pwrite_zeroes(header.l1_table_offset, header.l1_size * ENTRY_SIZE)
         return
     table = zero_entries(header.l1_size)
-    per_table = cluster // ENTRY_SIZE
+    per_table = 1 << header.l2_bits
+    stride = 2 if header.extended else 1  # the bitmaps stay empty: no subcluster shows what is in the file yet
     data = layout.first_data
     left = layout.data
     for index in range(layout.l2):
         offset = (layout.first_l2 + index) * cluster
         table[index] = offset | COPIED
-        entries = zero_entries(per_table)
+        entries = zero_entries(per_table * stride)
         for at in range(min(left, per_table)):
-            entries[at] = (data + at) * cluster | COPIED
+            entries[at * stride] = (data + at) * cluster | COPIED
         await file.pwrite(offset, pack_entries(entries))
         data += per_table
         left -= per_table

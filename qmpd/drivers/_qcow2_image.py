@@ -33,7 +33,9 @@ from qmpd.formats.qcow2 import (
     OFFSET_MASK,
     REFCOUNT_TABLE_MASK,
     pack_entries,
+    pack_extended,
     unpack_entries,
+    unpack_extended,
     zero_entries,
 )
 from qmpd.formats.qcow2_header import (
@@ -98,6 +100,8 @@ class Image:
     lock       held while clusters are allocated and linked, never across guest data
     owned      guest ranges whose clusters are being allocated, zeroed or discarded
     bitmaps_fresh  persistent bitmaps are there and still right: to be outdated by the first change
+    extended   L2 entries have bitmaps; in a slice they follow the entries, from index `bitmaps_at` on
+    sub_bits   log2 of the bytes in a subcluster; without extended L2 entries, in a cluster
     encryption how guest data is encrypted, None if it is not
     dead       the image was found corrupt while writable: no more I/O
     """
@@ -108,11 +112,18 @@ class Image:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.l2_bits = header.l2_bits
-        self.slice_bits = (settings.slice_length // ENTRY_SIZE).bit_length() - 1
+        self.extended = header.extended
+        self.slice_bits = (settings.slice_length // ENTRY_SIZE >> self.extended).bit_length() - 1
+        self.bitmaps_at = 1 << self.slice_bits
+        self.sub_bits = header.cluster_bits - 5 if self.extended else header.cluster_bits
         self.l1: array[int] = zero_entries(0)
         self._l1_dirty: set[int] = set()
         self.l2 = SliceCache(
-            settings.slice_length, settings.l2_slices, self.read_metadata, unpack_entries, pack_entries
+            settings.slice_length,
+            settings.l2_slices,
+            self.read_metadata,
+            unpack_extended if self.extended else unpack_entries,
+            pack_extended if self.extended else pack_entries,
         )
         self.overlaps = Overlaps(settings.overlap_check, header.cluster_bits)
         self.refcounts: Refcounts

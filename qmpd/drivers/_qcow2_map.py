@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO, ClusterType, hex0
+from qmpd.formats.qcow2 import (
+    ALL_ALLOCATED,
+    ALL_ZERO,
+    COMPRESSED,
+    OFFSET_MASK,
+    SUBCLUSTERS,
+    ZERO,
+    ClusterType,
+    hex0,
+)
 
 if TYPE_CHECKING:
     from qmpd.drivers._qcow2_cache import Slice
@@ -23,7 +32,7 @@ NORMAL = ClusterType.NORMAL
 class Run(NamedTuple):
     """A stretch of guest bytes of one kind.
 
-    host   NORMAL, ZERO_ALLOC: offset in the file of its first byte
+    host   NORMAL, ZERO_ALLOC, UNALLOCATED in a cluster that has a place: offset in the file of its first byte
            COMPRESSED: the L2 entry; such a run lies within one cluster
     """
 
@@ -86,7 +95,39 @@ def plain_host(image: Image, offset: int, length: int, flags: int) -> int:
     host = entry & OFFSET_MASK
     if entry & (COMPRESSED | ZERO | flags) != flags or not host or host & mask:
         return -1
+    if image.extended:
+        bitmap = found.table[image.bitmaps_at + (index & (1 << image.slice_bits) - 1)]
+        if bitmap != ALL_ALLOCATED:
+            wanted = subclusters(image, offset & mask, length)
+            if bitmap & wanted != wanted or bitmap >> SUBCLUSTERS & bitmap:
+                return -1
     return host + (offset & mask)
+
+
+def subclusters(image: Image, within: int, length: int) -> int:
+    """Return the mask of the subclusters that bytes [within, within + length) of a cluster touch."""
+    first, last = within >> image.sub_bits, within + length - 1 >> image.sub_bits
+    return (2 << last) - (1 << first)
+
+
+def check_bitmap(image: Image, place: Place, entry: int, bitmap: int) -> None:
+    """Refuse a bitmap that does not go with its entry. Raises Corruption."""
+    invalid = bitmap >> SUBCLUSTERS & bitmap if entry & OFFSET_MASK else bitmap & ALL_ALLOCATED
+    if invalid and not entry & COMPRESSED:
+        raise Corruption(
+            f"Invalid cluster entry found  (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(place.index)})"
+        )
+
+
+def subcluster_kind(entry: int, bitmap: int, number: int) -> ClusterType:
+    """Classify subcluster `number` of a valid extended L2 entry."""
+    if entry & COMPRESSED:
+        return ClusterType.COMPRESSED
+    if bitmap >> number & 1:
+        return NORMAL
+    if bitmap >> SUBCLUSTERS + number & 1:
+        return ZERO_ALLOC if entry & OFFSET_MASK else ZERO_PLAIN
+    return UNALLOCATED
 
 
 async def map_range(image: Image, offset: int, length: int) -> list[Run]:
@@ -105,7 +146,10 @@ async def map_range(image: Image, offset: int, length: int) -> list[Run]:
             runs.append(Run(UNALLOCATED, offset, stop - offset, 0))
         else:
             stop = min(end, (offset >> span) + 1 << span)
-            _map_slice(image, place, offset, stop, runs)
+            if image.extended:
+                _map_extended(image, place, offset, stop, runs)
+            else:
+                _map_slice(image, place, offset, stop, runs)
         offset = stop
     return _joined(runs) if len(runs) > 1 else runs
 
@@ -159,6 +203,30 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
         index += 1
 
 
+def _map_extended(image: Image, place: Place, offset: int, stop: int, runs: list[Run]) -> None:
+    """Append the runs of [offset, stop), which one slice of extended entries describes."""
+    table = place.slice.table
+    mask = image.cluster_size - 1
+    for index in range(
+        place.index, place.index + (stop - 1 >> image.cluster_bits) - (offset >> image.cluster_bits) + 1
+    ):
+        entry, bitmap = table[index], table[image.bitmaps_at + index]
+        host = entry & OFFSET_MASK
+        end = min(stop, (offset | mask) + 1)
+        if not entry & COMPRESSED and host & mask:
+            raise _unaligned(host, place, index)
+        check_bitmap(image, Place(place.slice, index, place.table_offset), entry, bitmap)
+        whole = entry & COMPRESSED or bitmap in (0, ALL_ALLOCATED, ALL_ZERO)
+        while offset < end:
+            within = offset & mask
+            number = within >> image.sub_bits
+            upto = end if whole else min(end, offset - within + (number + 1 << image.sub_bits))
+            kind = subcluster_kind(entry, bitmap, number)
+            there = entry if kind is ClusterType.COMPRESSED else host + within if host else 0
+            runs.append(Run(kind, offset, upto - offset, there))
+            offset = upto
+
+
 def _unaligned(host: int, place: Place, index: int) -> Corruption:
     return Corruption(
         f"Cluster allocation offset {hex0(host)} unaligned"
@@ -172,8 +240,8 @@ def _joined(runs: list[Run]) -> list[Run]:
     for run in runs[1:]:
         last = joined[-1]
         if run.kind is last.kind and (
-            run.kind in (UNALLOCATED, ZERO_PLAIN)
-            or (run.kind in (NORMAL, ZERO_ALLOC) and run.host == last.host + last.length)
+            (not run.host and not last.host)
+            or (run.kind is not ClusterType.COMPRESSED and last.host and run.host == last.host + last.length)
         ):
             joined[-1] = Run(last.kind, last.offset, last.length + run.length, last.host)
         else:

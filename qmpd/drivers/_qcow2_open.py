@@ -89,7 +89,7 @@ def _check_data_file(options: Qcow2Options, header: Header) -> None:
 
 def refuse_unbuilt(header: Header) -> None:
     """Refuse, by name, the features of the format that this program cannot do. Raises CommandError."""
-    unbuilt = header.incompatible & (qcow2_header.DATA_FILE | qcow2_header.EXTENDED_L2)
+    unbuilt = header.incompatible & qcow2_header.DATA_FILE
     if unbuilt:
         names = {(kind, bit): name for kind, bit, name in qcow2_header.FEATURE_NAMES}
         raise qcow2_header.unsupported(unbuilt, names)

@@ -136,6 +136,8 @@ async def _drop_clusters(image: Image, start: int, end: int, *, whole: bool) -> 
                     free_entry(image, table[at], "other")
                     if not whole:
                         table[at] = 0
+                if image.extended and not whole:
+                    table[image.bitmaps_at + at] = 0
             if not whole:
                 image.l2.mark(place.slice)
             offset = stop

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from qmpd.block.batch import Batch, Request
 from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import Place, find_slice, plain_host
+from qmpd.drivers._qcow2_map import Place, check_bitmap, find_slice, plain_host, subcluster_kind, subclusters
 from qmpd.drivers._qcow2_read import read_backing, read_compressed
 from qmpd.formats.qcow2 import (
+    ALL_ALLOCATED,
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
+    SUBCLUSTERS,
     ZERO,
     ClusterType,
     cluster_type,
@@ -52,9 +54,10 @@ class Plan:
     guest     offset of the cluster     pieces  the data, in the order of the batch
     entry     its L2 entry before       host    offset of the cluster to write
     fresh     `host` was taken for this, not found preallocated
+    bitmap    (extended L2) the bitmap before      filled  mask of subclusters that are allocated now
     """
 
-    __slots__ = ("entry", "failed", "fresh", "gaps", "guest", "host", "pieces")
+    __slots__ = ("bitmap", "entry", "failed", "filled", "fresh", "gaps", "guest", "host", "pieces")
 
     def __init__(self, guest: int) -> None:
         self.guest = guest
@@ -62,6 +65,8 @@ class Plan:
         self.entry = 0
         self.host = 0
         self.fresh = False
+        self.bitmap = 0
+        self.filled = 0
         self.failed = 0
         self.gaps: list[tuple[int, memoryview]] = []
 
@@ -135,9 +140,9 @@ async def _classify(
             table_end = (offset >> span) + 1 << span
         index = offset >> image.cluster_bits & mask
         entry = place.slice.table[index] if place is not None else 0
-        if entry & COPIED and not entry & (COMPRESSED | ZERO):
+        if entry & COPIED and not entry & (COMPRESSED | ZERO) and _allocated(image, place, index, within, length):
             host = _checked_host(image, entry, offset) + within
-            if place is not None and length + within == cluster:
+            if place is not None and length + within == cluster and not image.extended:
                 length += _following(place, index, entry, cluster, min(len(view) - done, table_end - offset) - length)
             if run_end == done and ready[-1].end == host:
                 last = ready[-1]
@@ -159,6 +164,15 @@ async def _classify(
             plan.pieces.append(Piece(request, within, view[done : done + length]))
         offset += length
         done += length
+
+
+def _allocated(image: Image, place: Place | None, index: int, within: int, length: int) -> bool:
+    """Say whether all subclusters that a part of a cluster touches are allocated, so that it is written in place."""
+    if not image.extended or place is None:
+        return True
+    wanted = subclusters(image, within, length)
+    bitmap = place.slice.table[image.bitmaps_at + index]
+    return bitmap & wanted == wanted and not bitmap >> SUBCLUSTERS & bitmap
 
 
 def _following(place: Place, index: int, entry: int, cluster: int, room: int) -> int:
@@ -249,6 +263,8 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
             try:
                 place = await find_slice(image, plan.guest)
                 plan.entry = place.slice.table[place.index] if place is not None else 0
+                if image.extended:
+                    _look_at_subclusters(image, plan, place)
                 if plan.entry & COPIED and not plan.entry & COMPRESSED:
                     plan.host = _checked_host(image, plan.entry, plan.guest)
             except Corruption as found:
@@ -257,7 +273,7 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
             except OSError as error:
                 plan.fail(error.errno or errno.EIO)
                 continue
-            if plan.host and not plan.entry & ZERO:
+            if plan.host and not plan.entry & ZERO and plan.bitmap & plan.filled == plan.filled:
                 for piece in plan.pieces:
                     at = plan.host + piece.start
                     ready.append(Placed(at, plan.guest + piece.start, piece.view, piece.request))
@@ -267,6 +283,49 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
         if wanting:
             await _take_clusters(image, wanting)
     return [plan for plan in todo if not plan.failed]
+
+
+def _look_at_subclusters(image: Image, plan: Plan, place: Place | None) -> None:
+    """Note what the bitmap says, and which subclusters the data touches. Raises Corruption."""
+    if not plan.entry & COMPRESSED:
+        plan.entry &= ~ZERO
+    if place is not None:
+        plan.bitmap = place.slice.table[image.bitmaps_at + place.index]
+        check_bitmap(image, place, plan.entry, plan.bitmap)
+    for piece in plan.pieces:
+        plan.filled |= subclusters(image, piece.start, len(piece.view))
+
+
+def _gaps(image: Image, plan: Plan) -> list[tuple[int, int, ClusterType]]:
+    """Return the parts (start, end, kind before) of a new cluster that are to be filled around the data.
+
+    With extended L2 entries those are the rest of the subclusters that the data touches, and in a cluster that
+    is copied those that were allocated; `plan.filled` becomes all that is allocated afterwards.
+    """
+    holes = plan.holes(image.cluster_size)
+    if not image.extended:
+        kind = cluster_type(plan.entry)
+        return [(start, end, kind) for start, end in holes]
+    allocated = plan.bitmap & ALL_ALLOCATED
+    if plan.entry & COMPRESSED:
+        wanted = plan.filled = ALL_ALLOCATED
+    elif plan.fresh:
+        wanted = plan.filled = plan.filled | allocated
+    else:
+        wanted = plan.filled & ~allocated
+        plan.filled |= allocated
+    found: list[tuple[int, int, ClusterType]] = []
+    for start, end in holes:
+        for number in range(start >> image.sub_bits, (end - 1 >> image.sub_bits) + 1):
+            if not wanted >> number & 1:
+                continue
+            kind = subcluster_kind(plan.entry, plan.bitmap, number)
+            low, high = max(start, number << image.sub_bits), min(end, number + 1 << image.sub_bits)
+            if found and found[-1][1] == low and found[-1][2] is kind:
+                found[-1] = (found[-1][0], high, kind)
+            else:
+                found.append((low, high, kind))
+    return found
 
 
 async def _take_clusters(image: Image, wanting: list[Plan]) -> None:
@@ -290,9 +349,8 @@ async def _read_around(image: Image, plans: list[Plan], backing: Child | None, s
     stored, below = Batch(), Batch()
     owners: list[tuple[Request, Plan]] = []
     for plan in plans:
-        kind = cluster_type(plan.entry)
         unpacked: bytes | None = None
-        for start, end in plan.holes(image.cluster_size):
+        for start, end, kind in _gaps(image, plan):
             inside = max(min(end, size - plan.guest), start)
             zero = kind in (ClusterType.ZERO_PLAIN, ClusterType.ZERO_ALLOC) or (
                 kind is ClusterType.UNALLOCATED and (backing is None or plan.guest + start >= backing.size)
@@ -392,16 +450,22 @@ async def _link_all(image: Image, plans: list[Plan]) -> None:
                 plan.fail(error.errno or errno.EIO)
                 lost.append(plan)
             else:
-                set_entry(image, place, plan.host | COPIED)
+                bitmap = plan.bitmap & ~(plan.filled << SUBCLUSTERS) | plan.filled
+                set_entry(image, place, plan.host | COPIED, bitmap)
                 if plan.fresh:
                     free_entry(image, plan.entry, "never")
     if lost and not image.dead:
         await give_back(image, lost)
 
 
-def set_entry(image: Image, place: Place, entry: int) -> None:
-    """Change an L2 entry in memory; no await may lie between finding the place and this."""
+def set_entry(image: Image, place: Place, entry: int, bitmap: int) -> None:
+    """Change an L2 entry, and its bitmap if it has one, in memory.
+
+    No await may lie between finding the place and this.
+    """
     place.slice.table[place.index] = entry
+    if image.extended:
+        place.slice.table[image.bitmaps_at + place.index] = bitmap
     image.l2.mark(place.slice)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, map_range
+from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, check_bitmap, map_range, subclusters
 from qmpd.drivers._qcow2_write import free_entry, writable_slice, write_batch
-from qmpd.formats.qcow2 import COMPRESSED, OFFSET_MASK, ZERO, hex0
+from qmpd.formats.qcow2 import ALL_ZERO, COMPRESSED, OFFSET_MASK, SUBCLUSTERS, ZERO, hex0
 from qmpd.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ async def zero_range(
     size   bytes of the guest disk; a last cluster that reaches beyond it counts as whole
     With NO_FALLBACK nothing is written as data: ENOTSUP instead, before anything has changed.
     """
-    cluster = image.cluster_size
+    unit = 1 << image.sub_bits
     end = offset + length
-    start, stop = align_up(offset, cluster), align_down(end, cluster)
+    start, stop = align_up(offset, unit), align_down(end, unit)
     if end == size:
-        stop = align_up(end, cluster)
+        stop = align_up(end, image.cluster_size)
     parts = [(offset, end)] if start > stop else [(offset, start), (min(stop, end), end)]
     if start < stop and image.header.version < 3 and backing is not None:
         raise OSError(errno.ENOTSUP, "version 2 cannot zero clusters over a backing file")
@@ -44,11 +44,13 @@ async def zero_range(
     if data and flags & WriteFlags.NO_FALLBACK:
         raise OSError(errno.ENOTSUP, "parts of clusters can only be written")
     for a, b in data:
-        batch = Batch.single(a, memoryview(bytes(b - a)))
-        await write_batch(image, batch, backing, size)
-        batch.raise_first()
+        await _write_zeroes(image, a, b, backing, size)
     if start >= stop:
         return
+    if image.extended:
+        start, stop = await _zero_ends(image, start, stop, backing, size)
+        if start >= stop:
+            return
     if image.header.version < 3:
         await _change(image, start, stop, _forget)
         return
@@ -61,6 +63,53 @@ async def zero_range(
         return entry | ZERO, False
 
     await _change(image, start, stop, zero, pass_on=unmap and keep)
+
+
+async def _write_zeroes(image: Image, start: int, end: int, backing: Child | None, size: int) -> None:
+    batch = Batch.single(start, memoryview(bytes(end - start)))
+    await write_batch(image, batch, backing, size)
+    batch.raise_first()
+
+
+async def _zero_ends(image: Image, start: int, stop: int, backing: Child | None, size: int) -> tuple[int, int]:
+    """Zero the subclusters of [start, stop) that make no whole cluster; return the range that is left."""
+    first, last = align_up(start, image.cluster_size), align_down(stop, image.cluster_size)
+    ends = [(start, stop)] if first > last else [(start, first), (last, stop)]
+    for a, b in ends:
+        if a < b and not await _zero_subclusters(image, a, b):
+            await _write_zeroes(image, a, min(b, size), backing, size)
+    return first, last
+
+
+async def _zero_subclusters(image: Image, start: int, stop: int) -> bool:
+    """Mark subclusters of one cluster as zero; False if it is compressed and has none. Raises OSError."""
+    if image.bitmaps_fresh:
+        await image.outdate_bitmaps()
+    mask = image.cluster_size - 1
+    mine = await image.owned.acquire([(start & ~mask, (start | mask) + 1, True)])
+    try:
+        generation = image.enter()
+        try:
+            async with image.lock:
+                await image.before_change()
+                place = await writable_slice(image, start)
+                at = image.bitmaps_at + place.index
+                entry, bitmap = place.slice.table[place.index], place.slice.table[at]
+                if entry & COMPRESSED:
+                    return False
+                check_bitmap(image, place, entry, bitmap)
+                wanted = subclusters(image, start & mask, stop - start)
+                place.slice.table[at] = (bitmap | wanted << SUBCLUSTERS) & ~wanted
+                image.l2.mark(place.slice)
+        except Corruption as found:
+            raise OSError(await image.fail(found), found.text) from found
+        finally:
+            image.leave(generation)
+    finally:
+        image.owned.release(mine)
+    if image.crowded and not image.dead:
+        await image.write_metadata()
+    return True
 
 
 async def _reads_zero(image: Image, offset: int, length: int, backing: Child | None) -> bool:
@@ -169,6 +218,14 @@ async def _change_slice(image: Image, start: int, stop: int, change: Change, kep
     for index in range(place.index, place.index + (stop - start >> image.cluster_bits)):
         old = table[index]
         new, given_up = change(old)
+        if image.extended:
+            at = image.bitmaps_at + index
+            bitmap = ALL_ZERO if new & ZERO else 0 if given_up else table[at]
+            new &= ~ZERO
+            changed = changed or bitmap != table[at]
+            table[at] = bitmap
+            if bitmap and new and new == old:
+                kept.append(new & OFFSET_MASK)
         if new == old:
             continue
         if old & image.cluster_size - 1 & OFFSET_MASK and not old & COMPRESSED:

@@ -77,7 +77,7 @@ class Qcow2Node(BlockNode):
         if not self.locked:
             await self._begin_writing()
         self.size = header.size // SECTOR * SECTOR
-        self.zero_alignment = header.cluster_size
+        self.zero_alignment = 1 << image.sub_bits
         self.backing_file = header.backing_file.decode("utf-8", "surrogateescape") or None
         self.backing_format = header.backing_format.decode("utf-8", "surrogateescape") or None
         if image.bitmaps and not check and OpenFlags.NO_IO not in self.graph.open_flags:
@@ -210,7 +210,7 @@ class Qcow2Node(BlockNode):
         below = self.file.node
         extents: list[Extent] = []
         for kind, at, size, place in runs:
-            host = place if self.image.encryption is None else None
+            host = place if place and self.image.encryption is None else None
             if kind is ClusterType.NORMAL:
                 extents.append(Extent(at, size, data=True, zero=False, host=host, file=below))
             elif kind is ClusterType.COMPRESSED:
@@ -224,7 +224,13 @@ class Qcow2Node(BlockNode):
                 if inside:
                     extents.append(Extent(at, inside, data=False, zero=False, allocated=False))
                 if inside < size:
-                    extents.append(Extent(at + inside, size - inside, data=False, zero=True, allocated=False))
+                    spot = None if host is None else host + inside
+                    place_in = below if host is not None else None
+                    extents.append(
+                        Extent(
+                            at + inside, size - inside, data=False, zero=True, allocated=False, host=spot, file=place_in
+                        )
+                    )
         return _joined(extents)
 
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
@@ -322,7 +328,7 @@ class Qcow2Node(BlockNode):
         if header.version >= 3:
             data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible & CORRUPT)
-            data["extended-l2"] = False
+            data["extended-l2"] = header.extended
             if self.image.bitmaps:
                 data["bitmaps"] = [bitmap.to_qapi() for bitmap in self.image.bitmaps]
         encryption = self.image.encryption

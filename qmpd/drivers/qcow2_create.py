@@ -34,6 +34,7 @@ class Qcow2CreateOptions:
     lazy_refcounts: bool = False
     refcount_bits: int = 16
     compression_type: str = "zlib"
+    extended_l2: bool = False
 
 
 @creator("qcow2", schema="BlockdevCreateOptionsQcow2", options=Qcow2CreateOptions)
@@ -62,6 +63,7 @@ class Qcow2Creator:
                 backing_fmt=options.backing_fmt,
                 preallocation=options.preallocation,
                 compression_type=options.compression_type,
+                extended_l2=options.extended_l2,
                 encryption=encryption,
             )
 

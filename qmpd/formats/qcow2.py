@@ -19,7 +19,7 @@ MAX_REFCOUNT_ORDER = 6
 """Refcounts are 1 << order bits wide, 64 at most."""
 
 ENTRY_SIZE = 8
-"""Bytes in an entry of the L1, L2 and refcount tables (without extended L2)."""
+"""Bytes in an entry of the L1, L2 and refcount tables; extended L2 entries have twice that."""
 
 MAX_L1_BYTES = 32 << 20
 """Bytes of an L1 table at most: 128 GiB of guest data with 512-byte clusters, 2 PiB with 64 KiB."""
@@ -57,6 +57,12 @@ L2_RESERVED = 0x3F00_0000_0000_01FE
 """Bits that must be zero; the check reports them."""
 
 _LITTLE = sys.byteorder == "little"
+
+
+SUBCLUSTERS = 32
+ALL_ALLOCATED = (1 << SUBCLUSTERS) - 1
+ALL_ZERO = ALL_ALLOCATED << SUBCLUSTERS
+"""Extended L2 entries: an entry is followed by a bitmap, allocated subclusters below, zero ones above."""
 
 
 def hex0(value: int) -> str:
@@ -120,6 +126,20 @@ def pack_entries(table: array[int]) -> bytes:
     swapped = array(table.typecode, table)
     swapped.byteswap()
     return swapped.tobytes()
+
+
+def unpack_extended(data: bytes | bytearray | memoryview) -> array[int]:
+    """Return extended L2 entries: all cluster descriptors, then all bitmaps."""
+    table = unpack_entries(data)
+    return table[0::2] + table[1::2]
+
+
+def pack_extended(table: array[int]) -> bytes:
+    """Return the bytes on disk of extended L2 entries; the inverse of `unpack_extended`."""
+    half = len(table) // 2
+    both = zero_entries(len(table))
+    both[0::2], both[1::2] = table[:half], table[half:]
+    return pack_entries(both)
 
 
 def zero_entries(count: int) -> array[int]:

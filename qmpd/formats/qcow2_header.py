@@ -141,9 +141,14 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def extended(self) -> bool:
+        """True if L2 entries are extended: they describe subclusters."""
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
     def l2_bits(self) -> int:
         """log2 of the entries in an L2 table."""
-        return self.cluster_bits - 3
+        return self.cluster_bits - (4 if self.extended else 3)
 
     @property
     def refcount_block_bits(self) -> int:
