@@ -503,6 +503,9 @@ class NbdNode(BlockNode):
 
     def _extent(self, offset: int, length: int, flags: int) -> Extent:
         data, zero = not flags & STATE_HOLE, bool(flags & STATE_ZERO)
+        if self.options.x_dirty_bitmap and not data and not zero:
+            # Shown as QEMU shows it. Of base:allocation this means only that the content is anybody's guess.
+            return Extent(offset, length, data=False, zero=False, allocated=False)
         return Extent(offset, length, data=data, zero=zero, host=offset, file=self)
 
     # --- the rest -------------------------------------------------------------------------------------
@@ -516,10 +519,7 @@ class NbdNode(BlockNode):
 
     def exact_filename(self) -> str:
         """The URI, as far as there is one for the address."""
-        return nbd_uri.uri(self._server(), self.options.export)
-
-    def _server(self) -> Mapping[str, Any]:
-        return self.options.server
+        return nbd_uri.uri(self.options.server, self.options.export)
 
     def allocated_size(self) -> int | None:
         """The server knows, but there is no way to ask."""

@@ -183,3 +183,26 @@ def test_no_image_is_made_on_an_export(export: Path) -> None:
     assert done.returncode == 1
     assert "does not support image creation" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_other_contexts_are_shown_as_status(tmp_path: Path) -> None:
+    need("qemu-img", "qemu-io", "qemu-nbd")
+    base, top, sock = tmp_path / "base", tmp_path / "top", tmp_path / "a.sock"
+    run("qemu-img", "create", "-q", "-f", "qcow2", base, "4M")
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "write -z 1M 64k", base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    run("qemu-io", "-f", "qcow2", "-c", "write 128k 64k", "-c", "write -z 2M 64k", top)
+    process = subprocess.Popen(
+        [str(find("qemu-nbd")), "-r", "-t", "-A", "-e", "9", "-k", str(sock), "-f", "qcow2", str(top)]
+    )
+    try:
+        wait_for(sock, process)
+        for context in ("base:allocation", "qemu:allocation-depth"):
+            options = f"driver=nbd,server.type=unix,server.path={sock},x-dirty-bitmap={context}"
+            maps = [
+                run(tool, "map", "--output=json", "--image-opts", options) for tool in (program("qmpd-img"), "qemu-img")
+            ]
+            assert maps[0] == maps[1]
+    finally:
+        process.terminate()
+        process.wait(20)
