@@ -50,6 +50,7 @@ class DiskFile:
     fd      owned; closed by `close`
     direct  opened with O_DIRECT: every request is aligned to DIRECT_ALIGNMENT
     size    bytes when last looked at (`refresh_size`)
+    nowait  reads can be asked of the page cache alone, as far as is known
     """
 
     def __init__(self, fd: int, *, direct: bool = False) -> None:
@@ -58,7 +59,7 @@ class DiskFile:
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
         self.size = 0
         self.zero_range_works = True
-        self._nowait = not direct
+        self.nowait = not direct
         self._pool = BufferPool() if direct else None
         self.refresh_size()
 
@@ -83,7 +84,7 @@ class DiskFile:
         Failed requests are marked with their errno.
         """
         rest: list[tuple[IoRequest, int]] = []
-        if not self._nowait:
+        if not self.nowait:
             rest = [(request, 0) for request in requests]
         else:
             for request in requests:
@@ -104,7 +105,7 @@ class DiskFile:
                 return done
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP:
-                    self._nowait = False
+                    self.nowait = False
                     return done
                 request.fail(error.errno or errno.EIO)
                 return length

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
+from qmpd.aio.polling import PollingSelector
+
 T = TypeVar("T")
 
 
@@ -33,7 +35,7 @@ class DataLoop:
     """
 
     def __init__(self, name: str = "data") -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = asyncio.SelectorEventLoop(PollingSelector())
         self._thread = threading.Thread(target=self._main, name=f"qmpd-{name}", daemon=True)
         self._thread.start()
 

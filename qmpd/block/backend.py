@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qmpd.block import dirty_bitmap
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
+from qmpd.block.direct import DirectRead
 from qmpd.block.node import MAX_REQUEST, BlockNode, Extent
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.stats import AccountedStats
@@ -52,6 +53,8 @@ class BlockBackend:
         """Told of each request that a client sees fail (was it a read, its errno), on the data loop."""
         self.may_grow = False
         """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
+        self._direct: DirectRead | None = None
+        self._direct_generation = -1
         self._in_flight = 0
         self._quiesced = 0
         self._admission: list[asyncio.Future[None]] = []
@@ -179,6 +182,20 @@ class BlockBackend:
         """Fill every view; failed requests carry their errno (EIO beyond the end). Raises
         OSError(ENOMEDIUM) without a node."""
         await self._home(self._transfer(batch, None))
+
+    def direct_read(self) -> DirectRead | None:
+        """Return how reads can be done without the nodes now, on the data loop; None if they cannot.
+
+        Whoever uses it bounds requests by `size`, waits for nothing meanwhile, and counts in `stats`.
+        """
+        if self.root is None or self._quiesced or self.throttle is not None:
+            return None
+        if self._direct_generation != self.graph.generation:
+            generation = self.graph.generation
+            self._direct = self.root.node.direct_read()
+            self._direct_generation = generation
+        direct = self._direct
+        return direct if direct is not None and direct.disk.nowait else None
 
     async def pwritev(self, batch: Batch, flags: WriteFlags = WriteFlags.NONE) -> None:
         """Write every view; failed requests carry their errno (EIO beyond the end, EPERM on a

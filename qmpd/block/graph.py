@@ -58,6 +58,8 @@ class Graph:
         self.throttle_groups: dict[str, BackendGroup] = {}
         self._nodes: dict[str, BlockNode] = {}
         self._reserved: set[str] = set()
+        self.generation = 0
+        """Changes with every change of the graph: what was found out about nodes before is out of date."""
         self._generated = 0
         self._sequence = 0
 
@@ -144,12 +146,15 @@ class Graph:
         Raises PermissionConflict or CommandError from the permissions that result.
         """
         tran = Transaction()
+        self.generation += 1
         try:
             yield tran
             tran.refresh()
         except BaseException:
             tran.undo()
             raise
+        finally:
+            self.generation += 1
         tran.commit()
 
     async def blockdev_add(self, tree: Mapping[str, Any], slow: Slow | None = None) -> BlockNode:

@@ -22,6 +22,7 @@ from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
+    from qmpd.block.direct import DirectRead
     from qmpd.block.dirty_bitmap import DirtyBitmap
     from qmpd.block.graph import Graph
     from qmpd.block.options import NodeOptions
@@ -179,6 +180,14 @@ class BlockNode:
         Cancel   never delivered here
         """
         raise NotImplementedError
+
+    def direct_read(self) -> DirectRead | None:
+        """Say how reads of this node come down to reads of a file, None if they do not, or not always.
+
+        Runs on the data loop. The answer holds until the graph changes; a driver that can say it keeps
+        to these rules in `preadv` as well.
+        """
+        return None
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write every `view` of the batch; the views may be shared and are never changed.

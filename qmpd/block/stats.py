@@ -83,6 +83,14 @@ class AccountedStats:
         self._measure("wr" if writing else "rd", elapsed, done)
         self.last_access_ns = time.monotonic_ns()
 
+    def read_directly(self, count: int, total: int, elapsed: int) -> None:
+        """Count `count` successful reads of `total` bytes that took `elapsed` nanoseconds together."""
+        self.rd_operations += count
+        self.rd_bytes += total
+        self.rd_total_time_ns += elapsed * count
+        self._measure("rd", elapsed, count)
+        self.last_access_ns = time.monotonic_ns()
+
     def _measure(self, kind: str, elapsed: int, count: int = 1) -> None:
         if kind in self.histograms:
             self.histograms[kind].add(elapsed, count)

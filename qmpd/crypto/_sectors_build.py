@@ -22,11 +22,17 @@ typedef struct {
     const uint8_t *source;
     uint8_t *target;
 } qmpd_span;
+typedef struct {
+    uint64_t sector, offset, length, at;
+} qmpd_extent;
 int qmpd_key_length(const char *cipher);
 qmpd_sectors *qmpd_sectors_new(const char *cipher, int encrypt, const uint8_t *key, uint32_t sector_size,
-                               int iv_kind, const char *essiv_cipher, const uint8_t *essiv_key);
+                               int iv_kind, const char *essiv_cipher, const uint8_t *essiv_key, int helper);
 int qmpd_sectors_run(qmpd_sectors *s, const qmpd_span *spans, size_t count);
 int qmpd_sectors_one(qmpd_sectors *s, uint64_t sector, uint64_t length, const uint8_t *source, uint8_t *target);
+int qmpd_sectors_share(qmpd_sectors *s, qmpd_sectors *helper, const qmpd_span *spans, size_t count);
+int64_t qmpd_read_extents(qmpd_sectors *s, qmpd_sectors *helper, int fd, const qmpd_extent *extents, size_t count,
+                          uint8_t *base, uint64_t room);
 void qmpd_sectors_free(qmpd_sectors *s);
 const char *qmpd_openssl_version(void);
 """
@@ -35,6 +41,10 @@ SOURCE = """
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/types.h>
+#include <sys/uio.h>
 #include <openssl/crypto.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
@@ -88,13 +98,32 @@ void qmpd_sectors_free(qmpd_sectors *s)
     }
 }
 
-static EVP_CIPHER_CTX *context(const char *name, int encrypt, const uint8_t *key)
+/* Setting an IV counts references of the cipher, which two threads must not share: the helper's contexts
+ * take theirs from a library context of their own. */
+static const EVP_CIPHER *cipher_for(const char *name, int helper)
 {
-    const EVP_CIPHER *cipher = EVP_get_cipherbyname(name);
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+    static OSSL_LIB_CTX *apart;
+    if (helper) {
+        if (!apart)
+            apart = OSSL_LIB_CTX_new();
+        return apart ? EVP_CIPHER_fetch(apart, name, NULL) : NULL;     /* kept: there are few names */
+    }
+#endif
+    (void)helper;
+    return EVP_get_cipherbyname(name);
+}
+
+static EVP_CIPHER_CTX *context(const char *name, int encrypt, const uint8_t *key, int helper)
+{
+    const EVP_CIPHER *cipher = cipher_for(name, helper);
     EVP_CIPHER_CTX *ctx = cipher ? EVP_CIPHER_CTX_new() : NULL;
     static const uint8_t iv[MAX_IV];
+    /* Only where it means anything: a context without padding says so to OpenSSL again with every IV. */
+    int mode = cipher ? EVP_CIPHER_mode(cipher) : 0;
+    int pads = mode == EVP_CIPH_CBC_MODE || mode == EVP_CIPH_ECB_MODE;
     if (ctx && (EVP_CipherInit_ex(ctx, cipher, NULL, key, iv, encrypt) != 1 ||
-                EVP_CIPHER_CTX_set_padding(ctx, 0) != 1)) {
+                (pads && EVP_CIPHER_CTX_set_padding(ctx, 0) != 1))) {
         EVP_CIPHER_CTX_free(ctx);
         ctx = NULL;
     }
@@ -102,16 +131,16 @@ static EVP_CIPHER_CTX *context(const char *name, int encrypt, const uint8_t *key
 }
 
 qmpd_sectors *qmpd_sectors_new(const char *cipher, int encrypt, const uint8_t *key, uint32_t sector_size,
-                               int iv_kind, const char *essiv_cipher, const uint8_t *essiv_key)
+                               int iv_kind, const char *essiv_cipher, const uint8_t *essiv_key, int helper)
 {
     qmpd_sectors *s = calloc(1, sizeof *s);
     if (!s)
         return NULL;
     s->sector_size = sector_size;
     s->iv_kind = iv_kind;
-    s->data = context(cipher, encrypt, key);
+    s->data = context(cipher, encrypt, key, helper);
     if (s->data && iv_kind == IV_ESSIV)
-        s->essiv = context(essiv_cipher, 1, essiv_key);
+        s->essiv = context(essiv_cipher, 1, essiv_key, helper);
     if (!s->data || (iv_kind == IV_ESSIV && !s->essiv))
         goto refuse;
     s->iv_length = EVP_CIPHER_iv_length(EVP_CIPHER_CTX_cipher(s->data));
@@ -219,6 +248,147 @@ int qmpd_sectors_one(qmpd_sectors *s, uint64_t sector, uint64_t length, const ui
     qmpd_span span = { sector, length, source, target };
     return qmpd_sectors_run(s, &span, 1);
 }
+
+typedef struct {
+    uint64_t sector;            /* number of the first sector, as in a span; not used without cipher */
+    uint64_t offset;            /* where it is in the file, bytes */
+    uint64_t length;            /* bytes, a multiple of sector_size if there is a cipher */
+    uint64_t at;                /* where it goes, from `base` */
+} qmpd_extent;
+
+/* Large work is cut into pieces that the caller and one helper thread take in turn. The caller never waits for the
+ * helper to wake, only for the piece it may be in: without a free processor it does the whole work alone. */
+enum { PIECE = 1 << 16, ENOUGH = 1 << 17 };
+
+typedef struct {
+    qmpd_sectors *contexts[2];  /* the caller's and the helper's; NULL: no cipher, or no help */
+    int fd;                     /* -1: spans, else extents of this file */
+    const qmpd_span *spans;
+    const qmpd_extent *extents;
+    uint8_t *base;
+    size_t count, limit;        /* items; the first that failed, or count */
+    size_t item;                /* the next piece: item, and where in it */
+    uint64_t from;
+} qmpd_job;
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t work, rest;
+    qmpd_job *job;              /* what the helper may take pieces of */
+    int active, started;
+} crew = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, 0, 0 };
+
+static int do_piece(const qmpd_job *job, qmpd_sectors *s, size_t item, uint64_t from, uint64_t length)
+{
+    if (job->fd < 0) {
+        const qmpd_span *span = &job->spans[item];
+        return qmpd_sectors_one(s, span->sector + (from >> 9), length, span->source + from, span->target + from);
+    }
+    const qmpd_extent *e = &job->extents[item];
+    uint8_t *target = job->base + e->at + from;
+    for (uint64_t done = 0; done < length;) {
+        struct iovec part = { target + done, length - done };
+        ssize_t got = preadv2(job->fd, &part, 1, (off_t)(e->offset + from + done), RWF_NOWAIT);
+        if (got <= 0)
+            return -1;
+        done += (uint64_t)got;
+    }
+    return s ? qmpd_sectors_one(s, e->sector + (from >> 9), length, target, target) : 0;
+}
+
+/* Do pieces until there are none; crew.lock is held on entry and on return. */
+static void do_pieces(qmpd_job *job, qmpd_sectors *s)
+{
+    while (job->item < job->limit) {
+        size_t item = job->item;
+        uint64_t from = job->from;
+        uint64_t left = (job->fd < 0 ? job->spans[item].length : job->extents[item].length) - from;
+        uint64_t length = left < PIECE + PIECE / 2 ? left : PIECE;
+        if (length == left)
+            job->item++, job->from = 0;
+        else
+            job->from += length;
+        pthread_mutex_unlock(&crew.lock);
+        int failed = do_piece(job, s, item, from, length);
+        pthread_mutex_lock(&crew.lock);
+        if (failed && item < job->limit)
+            job->limit = item;
+    }
+}
+
+static void *help_out(void *unused)
+{
+    (void)unused;
+    pthread_mutex_lock(&crew.lock);
+    for (;;) {
+        while (!crew.job || crew.job->item >= crew.job->limit)
+            pthread_cond_wait(&crew.work, &crew.lock);
+        crew.active = 1;
+        do_pieces(crew.job, crew.job->contexts[1]);
+        crew.active = 0;
+        pthread_cond_signal(&crew.rest);
+    }
+    return NULL;
+}
+
+static void start_helper(void)
+{
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);    /* signals are for the interpreter's threads */
+    if (pthread_create(&thread, NULL, help_out, NULL) == 0)
+        pthread_detach(thread);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    crew.started = 1;
+}
+
+/* Run a job; returns how many of its items are complete, in order. */
+static size_t run_job(qmpd_job *job, uint64_t total)
+{
+    pthread_mutex_lock(&crew.lock);
+    int helped = job->contexts[1] && total >= ENOUGH && !crew.job;
+    if (helped) {
+        if (!crew.started)
+            start_helper();
+        crew.job = job;
+        pthread_cond_signal(&crew.work);
+    }
+    do_pieces(job, job->contexts[0]);
+    if (helped) {
+        while (crew.active)
+            pthread_cond_wait(&crew.rest, &crew.lock);
+        crew.job = NULL;
+    }
+    pthread_mutex_unlock(&crew.lock);
+    return job->limit;
+}
+
+/* Transform spans, with `helper`, another context of the same key, on two threads; 0 or -1. */
+int qmpd_sectors_share(qmpd_sectors *s, qmpd_sectors *helper, const qmpd_span *spans, size_t count)
+{
+    uint64_t total = 0;
+    qmpd_job job = { { s, helper }, -1, spans, NULL, NULL, count, count, 0, 0 };
+    for (size_t i = 0; i < count; i++)
+        total += spans[i].length;
+    return run_job(&job, total) == count ? 0 : -1;
+}
+
+/* Read extents that the page cache has, and decrypt them (s may be NULL: no cipher). Returns how many are
+ * complete: the first that is not there, or not whole, ends it. -1 if an extent leaves the buffer. */
+int64_t qmpd_read_extents(qmpd_sectors *s, qmpd_sectors *helper, int fd, const qmpd_extent *extents, size_t count,
+                          uint8_t *base, uint64_t room)
+{
+    uint64_t total = 0;
+    qmpd_job job = { { s, helper }, fd, NULL, extents, base, count, count, 0, 0 };
+    for (size_t i = 0; i < count; i++) {
+        const qmpd_extent *e = &extents[i];
+        if (e->at > room || e->length > room - e->at || e->offset > INT64_MAX - e->length)
+            return -1;
+        total += e->length;
+    }
+    return (int64_t)run_job(&job, total);
+}
 """
 
 ffibuilder = FFI()
@@ -226,7 +396,7 @@ ffibuilder.cdef(CDEF)
 ffibuilder.set_source(
     "qmpd.crypto._sectors",
     SOURCE,
-    libraries=["crypto"],
+    libraries=["crypto", "pthread"],
     extra_compile_args=["-O2"],
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from qmpd.crypto.cipher import Buffer, CipherSpec, Span, open_cipher
+from qmpd.crypto.cipher import Buffer, CipherSpec, CompiledCipher, Span, extents_work, open_cipher
 from qmpd.units import KiB
 
 PIECE = 512 * KiB
@@ -36,7 +36,17 @@ class BlockCrypto:
         self.spec = spec
         self.sector_size = spec.sector_size
         self._first = first
-        self._cipher = open_cipher(spec, key, engine=engine)
+        self.cipher = open_cipher(spec, key, engine=engine)
+
+    @property
+    def direct(self) -> bool:
+        """True if `cipher` is one that `read_extents` takes."""
+        return extents_work() and isinstance(self.cipher, CompiledCipher)
+
+    @property
+    def first(self) -> int:
+        """Number of the area's first sector, in 512-byte units."""
+        return self._first
 
     def in_place(self, requests: Iterable[Piece]) -> list[Span]:
         """Return the spans of all requests that have no error, each onto itself."""
@@ -56,15 +66,15 @@ class BlockCrypto:
 
     def decrypt(self, spans: Sequence[Span]) -> None:
         """Decrypt `spans` on this thread."""
-        self._cipher.decrypt(spans)
+        self.cipher.decrypt(spans)
 
     def encrypt(self, spans: Sequence[Span]) -> None:
         """Encrypt `spans` on this thread."""
-        self._cipher.encrypt(spans)
+        self.cipher.encrypt(spans)
 
     def wipe(self) -> None:
         """Destroy the key."""
-        self._cipher.wipe()
+        self.cipher.wipe()
 
 
 def total(spans: Sequence[Span]) -> int:

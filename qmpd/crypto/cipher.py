@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeAlias
@@ -20,13 +21,16 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from qmpd.crypto.ivgen import IvKind, essiv_key, kind_of, plain_iv
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
-from qmpd.units import is_power_of_two
+from qmpd.units import KiB, is_power_of_two
 
 Buffer: TypeAlias = memoryview | bytearray | bytes
 Span: TypeAlias = tuple[int, Buffer, Buffer]
 """A run of sectors: number of the first one (in 512-byte units, whatever the sector size), source
 and target of equal length, a multiple of the sector size. The target is writable, and is the source itself
 or does not overlap it."""
+
+SHARED = 128 * KiB
+"""Bytes from which the work of one call is done by two threads."""
 
 MIN_SECTOR, MAX_SECTOR = 512, 4096
 MODES = ("xts", "cbc", "ctr", "ecb")
@@ -170,12 +174,12 @@ class CompiledCipher:
             assert spec.iv_hash is not None
             self._essiv_key = SecretBytes(essiv_key(spec.iv_hash, key))
             self._essiv_name = f"{spec.cipher}-{len(self._essiv_key) * 8}-ecb".encode()
-        self._idle: tuple[list[Any], list[Any]] = ([], [])  # decrypting, encrypting
+        self._idle: tuple[list[Any], ...] = ([], [], [], [])  # decrypting, encrypting, the same for the helper thread
         self._wiped = False
         for encrypt in (False, True):  # find out now whether OpenSSL takes the key
-            self._idle[encrypt].append(self._new(encrypt))
+            self._idle[encrypt].append(self._new(encrypt, False))
 
-    def _new(self, encrypt: bool) -> Any:
+    def _new(self, encrypt: bool, helper: bool) -> Any:
         if self._wiped:
             raise ValueError("the key was wiped")
         ffi = self._ffi
@@ -188,6 +192,7 @@ class CompiledCipher:
                 int(self._kind),
                 self._essiv_name,
                 ffi.from_buffer(essiv),
+                int(helper),
             )
         if not context:
             raise CommandError(f"OpenSSL refuses this key for {self._name.decode()}")
@@ -211,21 +216,45 @@ class CompiledCipher:
                 _refuse_span(sector, source, target)
             into = from_buffer(bytes_type, target, True)
             rows.append((sector, length, into if source is target else from_buffer(bytes_type, source), into))
-        idle = self._idle[encrypt]
+        helped = len(rows) > 0 and sum(row[1] for row in rows) >= SHARED
+        taken = self._take(encrypt, helped)
         try:
-            context = idle.pop()
-        except IndexError:
-            context = self._new(encrypt)
-        try:
-            if len(rows) == 1:
-                failed = self._lib.qmpd_sectors_one(context, *rows[0])
+            if helped:
+                table = self._ffi.new(self._spans_type, rows)
+                failed = self._lib.qmpd_sectors_share(taken[0], taken[1], table, len(rows))
+            elif len(rows) == 1:
+                failed = self._lib.qmpd_sectors_one(taken[0], *rows[0])
             else:
-                failed = self._lib.qmpd_sectors_run(context, self._ffi.new(self._spans_type, rows), len(rows))
+                failed = self._lib.qmpd_sectors_run(taken[0], self._ffi.new(self._spans_type, rows), len(rows))
         finally:
-            if not self._wiped:
-                idle.append(context)
+            self._give(encrypt, taken)
         if failed:
             raise OSError("OpenSSL failed on a sector")
+
+    def _take(self, encrypt: bool, helped: bool) -> list[Any]:
+        """Return a context, and with `helped` one for the helper thread, for `_give`."""
+        taken = []
+        for helper in (False, True) if helped else (False,):
+            try:
+                taken.append(self._idle[encrypt + 2 * helper].pop())
+            except IndexError:
+                taken.append(self._new(encrypt, helper))
+        return taken
+
+    def _give(self, encrypt: bool, taken: list[Any]) -> None:
+        if not self._wiped:
+            for helper, context in enumerate(taken):
+                self._idle[encrypt + 2 * helper].append(context)
+
+    def read(self, fd: int, table: Any, count: int, into: Any) -> int:
+        """See `read_extents`."""
+        helped = len(into) >= SHARED
+        taken = self._take(False, helped)
+        try:
+            helper = taken[1] if helped else self._ffi.NULL
+            return int(self._lib.qmpd_read_extents(taken[0], helper, fd, table, count, into, len(into)))
+        finally:
+            self._give(False, taken)
 
     def wipe(self) -> None:
         """See `SectorCipher.wipe`."""
@@ -235,6 +264,44 @@ class CompiledCipher:
         for idle in self._idle:
             while idle:
                 self._ffi.release(idle.pop())
+
+
+EXTENT = struct.Struct("=QQQQ")
+"""One entry of an extent table: number of the first 512-byte sector (for the cipher), offset in the file, length,
+and where it goes in the buffer; bytes but for the first."""
+
+
+class ExtentTable:
+    """Room for `entries` extents, for `read_extents`; fill `data` with EXTENT. Needs the compiled engine."""
+
+    def __init__(self, entries: int) -> None:
+        self.data = bytearray(entries * EXTENT.size)
+        assert _native is not None
+        self.native = _native.ffi.from_buffer("qmpd_extent[]", self.data)
+
+
+def extents_work() -> bool:
+    """Say whether `read_extents` is there."""
+    return hasattr(_native and _native.lib, "qmpd_read_extents")
+
+
+def read_extents(cipher: SectorCipher | None, fd: int, table: ExtentTable, count: int, into: memoryview) -> int:
+    """Read the first `count` extents of the table, as far as the page cache has them, and decrypt them in place.
+
+    Runs without the interpreter's lock. Returns how many are complete, in order; what the buffer holds of the
+    others is undefined. Raises ValueError if an extent does not lie in the buffer.
+    """
+    assert _native is not None
+    target = _native.ffi.from_buffer("uint8_t[]", into, True)
+    if cipher is None:
+        null = _native.ffi.NULL
+        found = int(_native.lib.qmpd_read_extents(null, null, fd, table.native, count, target, len(target)))
+    else:
+        assert isinstance(cipher, CompiledCipher)
+        found = cipher.read(fd, table.native, count, target)
+    if found < 0:
+        raise ValueError("an extent leaves the buffer")
+    return found
 
 
 def _algorithm(cipher: str, key: bytes) -> Any:

@@ -130,6 +130,24 @@ def subcluster_kind(entry: int, bitmap: int, number: int) -> ClusterType:
     return UNALLOCATED
 
 
+def plain_run(image: Image, offset: int, length: int) -> int:
+    """Return the host offset of a range of plain clusters that follow one another in the file, else -1.
+
+    Reads nothing, see `plain_host`.
+    """
+    room = image.cluster_size - (offset & image.cluster_size - 1)
+    host = plain_host(image, offset, min(room, length), 0)
+    if host < 0 or length <= room:
+        return host
+    done = room
+    while done < length:
+        step = min(image.cluster_size, length - done)
+        if plain_host(image, offset + done, step, 0) != host + done:
+            return -1
+        done += step
+    return host
+
+
 async def map_range(image: Image, offset: int, length: int) -> list[Run]:
     """Return the runs of guest bytes [offset, offset + length), in order.
 

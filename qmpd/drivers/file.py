@@ -17,6 +17,7 @@ from typing import Any
 from qmpd.aio import locks
 from qmpd.aio.disk import DIRECT_ALIGNMENT, DiskFile, open_fd
 from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.direct import DirectRead
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
@@ -177,6 +178,10 @@ class FileNode(BlockNode):
     async def preadv(self, batch: Batch) -> None:
         """Read from the page cache at once, the rest in threads."""
         await self.disk.preadv(batch)
+
+    def direct_read(self) -> DirectRead | None:
+        """Offsets are those of the file."""
+        return DirectRead(self.disk)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write, growing the file where a request ends beyond it."""

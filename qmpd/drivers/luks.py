@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from qmpd.aio.pool import BufferPool
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
+from qmpd.block.direct import DirectRead
 from qmpd.block.exclusive import alone
 from qmpd.block.node import BlockNode
 from qmpd.block.options import OpenFlags
@@ -34,7 +35,7 @@ from qmpd.luks.payload import POOL_CAP, write_encrypted
 from qmpd.luks.shared import SharedHeader, header_of
 from qmpd.luks.shared_key import KeyUse, forget_use, note_use, note_writing, sharing
 from qmpd.luks.update2 import update_header
-from qmpd.luks.volume import Volume
+from qmpd.luks.volume import Unlocked, Volume
 from qmpd.luks.work import transform
 from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR
@@ -114,7 +115,7 @@ class LuksNode(BlockNode):
             self._refresh_size()
             return
         try:
-            unlocked = await self.volume.unlock(self._source, self._passphrase)
+            unlocked = await self._try_slots(self._passphrase)
         finally:
             self._passphrase.wipe()
         try:
@@ -136,6 +137,16 @@ class LuksNode(BlockNode):
         for field, value, rule in policy.current().warnings(self.volume.costs()):
             _log.warning("node '%s': the %s is %d, below %s", self.name, field, value, rule)
             self.graph.events.emit("X_LUKS_POLICY", node_name=self.name, field=field, value=value, rule=rule)
+
+    async def _try_slots(self, passphrase: SecretBytes) -> Unlocked:
+        """Unlock the volume, again if a key change moved what was being read. Raises CommandError, OSError."""
+        while True:
+            generation = self._shared.generation
+            try:
+                return await self.volume.unlock(self._source, passphrase)
+            except CommandError:
+                if self._shared.generation == generation:
+                    raise
 
     def _refresh_size(self) -> None:
         if self.volume.payload_offset > self.file.size:
@@ -294,6 +305,13 @@ class LuksNode(BlockNode):
         spans = crypto.in_place(batch)
         if spans:
             await transform(crypto.decrypt, spans)
+
+    def direct_read(self) -> DirectRead | None:
+        """Decrypt what lies behind the header, unless the volume is half encrypted."""
+        below = self.file.node.direct_read()
+        if below is None or self.encryption is not None or self._crypto is None:
+            return None
+        return below.decrypted(self._crypto, self.volume.payload_offset)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Encrypt into bounce buffers and write those."""

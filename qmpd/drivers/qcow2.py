@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
+from qmpd.block.direct import DirectRead
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
@@ -31,7 +33,7 @@ from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_compressed import write_compressed
 from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import map_range
+from qmpd.drivers._qcow2_map import map_range, plain_run
 from qmpd.drivers._qcow2_mark import identity, mark
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
 from qmpd.drivers._qcow2_options import Qcow2Options
@@ -171,6 +173,13 @@ class Qcow2Node(BlockNode):
     async def preadv(self, batch: Batch) -> None:
         """Read from clusters, the backing file, or nothing at all."""
         await read_batch(self.image, batch, self._backing())
+
+    def direct_read(self) -> DirectRead | None:
+        """Look clusters up in the tables that are in memory."""
+        below = self.children.get("data-file", self.file).node.direct_read()
+        if below is None or self.image.encryption is not None:
+            return None
+        return below.mapped(partial(plain_run, self.image))
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write into clusters, allocating those that are missing or shared."""

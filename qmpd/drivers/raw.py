@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.defaults import default_child_perm
+from qmpd.block.direct import DirectRead
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.errors import CommandError
@@ -82,6 +83,11 @@ class RawNode(BlockNode):
             shifted = Batch(self._within(request) for request in shifted)
         self.file.debug_event("read_aio")
         await self.file.preadv(shifted)
+
+    def direct_read(self) -> DirectRead | None:
+        """A raw node adds its offset."""
+        below = self.file.node.direct_read()
+        return below and below.shifted(self.start)
 
     def _within(self, request: Request) -> Request:
         there = self.file.size - request.offset

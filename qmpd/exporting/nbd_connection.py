@@ -20,6 +20,7 @@ from typing import Protocol
 from qmpd import trace
 from qmpd.aio import eager
 from qmpd.aio.pool import PooledBuffer
+from qmpd.exporting.nbd_direct import DirectReader
 from qmpd.exporting.nbd_target import NbdTarget
 from qmpd.exporting.nbd_work import Work, Worker
 from qmpd.protocols.nbd import MAX_PAYLOAD, Command, Directory, NbdError
@@ -48,6 +49,9 @@ we are, and what is read ahead of it only leaves the processor's cache."""
 
 TURN = 8 * MiB
 """Bytes of reads that one client may have done inline before the loop sees to the others."""
+
+SEND_BUFFER = 1 * MiB
+"""Bytes of replies that the kernel may hold, as far as its own limit allows: a full buffer costs a turn of the loop."""
 
 SEND_PARTS = 256
 """Pieces handed to one sendmsg."""
@@ -90,6 +94,7 @@ class Connection:
         self._target: NbdTarget | None = None
         self._worker: Worker | None = None
         self._requests: Requests | None = None
+        self._direct: DirectReader | None = None
         self._buffer: PooledBuffer | None = None
         self._filled = 0
         self._partial: Request | None = None
@@ -107,6 +112,7 @@ class Connection:
         self._ending = self._closed = self._reported = False
         self.reason = ""
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._deadline = self._loop.call_later(handshake_seconds, self._too_slow) if handshake_seconds else None
@@ -216,6 +222,8 @@ class Connection:
         contexts = [number for number, _ in agreement.contexts]
         size = agreement.export.size
         self._requests = Requests(agreement.style, size, read_only=target.read_only, contexts=contexts)
+        if DirectReader.works():
+            self._direct = DirectReader(target, agreement.style, size)
         self._buffer = target.buffers.take(RECEIVE)
         rest = agreement.rest
         self._buffer.view[: len(rest)] = rest
@@ -291,9 +299,14 @@ class Connection:
         assert buffer is not None
         assert requests is not None
         assert target is not None
-        decoded = requests.decode(buffer.view[: self._filled])
-        rest = buffer.view[decoded.used : self._filled]
+        filled, served = self._filled, 0
         self._filled = 0
+        if self._direct is not None:
+            served = self._serve_directly(self._direct, buffer.view[:filled])
+            if served == filled or self._closed:
+                return
+        decoded = requests.decode(buffer.view[served:filled])
+        rest = buffer.view[served + decoded.used : filled]
         if decoded.requests:
             writes = [one for one in decoded.requests if one.payload is not None]
             self._waiting.extend(one for one in decoded.requests if one.payload is None)
@@ -316,6 +329,24 @@ class Connection:
             (self._buffer or buffer).view[: len(rest)] = bytes(rest)
         if requests.finished:
             self._end(requests.violation)
+
+    def _serve_directly(self, direct: DirectReader, received: memoryview) -> int:
+        """Answer the reads that `received` begins with, while the client takes them; returns the bytes used."""
+        used, budget = 0, TURN
+        while budget > 0 and not (self._out or self._waiting or self._ending or self._closed):
+            served = direct.serve(received[used:] if used else received)
+            if served is None:
+                break
+            count, buffer, replies = served
+            used += count
+            total = sum(map(len, replies))
+            budget -= total
+            self._in_flight += total
+            self._out.extend(replies)
+            self._queued += total
+            self._to_release.append((self._queued, total, buffer))
+            self._send()
+        return used
 
     # --- work -------------------------------------------------------------------------------------
 

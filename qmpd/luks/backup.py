@@ -34,9 +34,7 @@ async def header_image(source: HeaderIO, *, detached: bool) -> bytes:
     if await is_luks2(source):
         found = await read_copies(source, "header")
         if REQUIREMENT in found.copy.metadata.requirements:
-            raise CommandError(
-                "The volume is being encrypted in place: a backup of now would tell lies about how far"
-            )
+            raise CommandError("The volume is being encrypted in place: a backup of now would tell lies about how far")
         return bytes(await read_padded(source, 0, found.copy.metadata.total_size))
     header = luks1.parse_header(await read_padded(source, 0, luks1.HEADER_SIZE), detached=detached)
     image = await read_padded(source, 0, luks1_length(header))

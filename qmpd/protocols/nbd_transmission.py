@@ -261,6 +261,37 @@ def _extended_data(request: Request, offset: int, length: int) -> bytes:
     )
 
 
+def _pack_simple(into: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+    _SIMPLE.pack_into(into, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+
+def _pack_structured(into: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+    _DATA_CHUNK.pack_into(into, at, STRUCTURED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
+
+
+def _pack_extended(into: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+    _EXTENDED_DATA_CHUNK.pack_into(
+        into, at, EXTENDED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset
+    )
+
+
+class PlainReads:
+    """Takes reads without flags off the front of a client's byte stream, as many as there are.
+
+    header_size  bytes of one request     reply_size  bytes before the data of its reply
+    pack         (into, at, cookie, offset, length) writes those bytes; the data follows them
+    """
+
+    def __init__(self, style: Style) -> None:
+        self._header = struct.Struct(">QQQQ" if style is Style.EXTENDED else ">QQQI")
+        self.header_size = self._header.size
+        self.unpack_from = self._header.unpack_from
+        """Returns (word, cookie, offset, length); only a plain read begins with `word`."""
+        self.word = (EXTENDED_REQUEST_MAGIC if style is Style.EXTENDED else REQUEST_MAGIC) << 32 | _READ
+        self.pack = (_pack_simple, _pack_structured, _pack_extended)[style]
+        self.reply_size = (_SIMPLE, _DATA_CHUNK, _EXTENDED_DATA_CHUNK)[style].size
+
+
 class Replies:
     """Makes the headers of replies in the style that was agreed; data is sent beside them.
 

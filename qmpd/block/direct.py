@@ -1,0 +1,53 @@
+"""Reads without a way through the graph: where a range of a node lies in a file, told beforehand.
+
+A chain such as luks over qcow2 over file changes every request in the same few ways. A node that can
+say so answers `BlockNode.direct_read` with a `DirectRead`, made from that of its child; who serves many
+small requests then has whole lists of them read and decrypted by one compiled call, from the page cache,
+on the data loop. Whatever is out of the ordinary (a range that is not stored in one piece, a page that is not in
+memory, a node that filters) is not answered here and goes through the nodes, with the same outcome.
+
+A `DirectRead` holds until the graph changes (`Graph.generation`). All I/O, drains and the closing of
+nodes run on the data loop, so nothing changes under a call that does not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qmpd.aio.disk import DiskFile
+from qmpd.crypto.block import BlockCrypto
+
+Locate = Callable[[int, int], int]
+"""(offset, length) -> where the range starts in the file, or -1 if it is not all there in one piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectRead:
+    """How offsets of a node become offsets of `disk`: add `before`, `locate`, add `after`.
+
+    crypto      what decrypts the data, None for none; its own offsets are the node's plus `crypto_at`
+    """
+
+    disk: DiskFile
+    before: int = 0
+    locate: Locate | None = None
+    after: int = 0
+    crypto: BlockCrypto | None = None
+    crypto_at: int = 0
+
+    def shifted(self, delta: int) -> DirectRead:
+        """Return the same for a node that starts `delta` bytes into this one."""
+        return replace(self, before=self.before + delta, crypto_at=self.crypto_at + delta)
+
+    def mapped(self, locate: Locate) -> DirectRead | None:
+        """Return the same for a node that keeps its data here and there; None if that is too much."""
+        if self.locate is not None or self.crypto is not None:
+            return None
+        return DirectRead(self.disk, 0, locate, self.before + self.after)
+
+    def decrypted(self, crypto: BlockCrypto, delta: int) -> DirectRead | None:
+        """Return the same for a node that keeps its data encrypted from `delta` on; None if it is already."""
+        if self.crypto is not None or not crypto.direct:
+            return None
+        return replace(self, before=self.before + delta, crypto=crypto, crypto_at=0)
