@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch
 from qmpd.drivers._qcow2_backing import HEADER_ROOM
+from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Image
 from qmpd.drivers._qcow2_map import ZERO_ALLOC, ZERO_PLAIN, map_range
 from qmpd.drivers._qcow2_refcounts import Refcounts
+from qmpd.drivers._qcow2_repair import write_table
 from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import _change, _forget
 from qmpd.errors import CommandError
@@ -72,8 +74,6 @@ async def downgrade(image: Image, backing: Child | None, size: int) -> None:
         raise CommandError(f"Cannot downgrade an image with incompatible features {hex0(left)} set")
     if image.bitmaps:
         raise CommandError("Persistent bitmaps prevent downgrade of image")
-    if await _snapshots_hold_zeroes(image):
-        raise CommandError("Internal snapshots with zero clusters prevent downgrade of image")
     image.settings.lazy_refcounts = False
     async for start, end in _zeroes(image, size):
         if backing is None:
@@ -82,8 +82,11 @@ async def downgrade(image: Image, backing: Child | None, size: int) -> None:
             batch = Batch.single(start, memoryview(bytes(end - start)))
             await write_batch(image, batch, backing, size)
             batch.raise_first()
-    await image.write_metadata(everything=True, durable=True)
-    await image.write_metadata(everything=True, durable=True)
+    async with image.lock:
+        await image.write_metadata(everything=True, durable=True)
+        await _expand_snapshots(image, backing is not None)
+        for _ in range(2):  # what the first one gives back, the second one writes
+            await image.write_metadata(everything=True, durable=True)
     if header.incompatible & DIRTY:
         await image.set_incompatible(0)
     await _write_version(image, 2)
@@ -97,19 +100,53 @@ async def _zeroes(image: Image, size: int) -> AsyncIterator[tuple[int, int]]:
                 yield run.offset, run.offset + run.length
 
 
-async def _snapshots_hold_zeroes(image: Image) -> bool:
-    """Say whether a table of a snapshot marks a cluster as zero, which version 2 cannot. Raises OSError."""
+async def _expand_snapshots(image: Image, covered: bool) -> None:
+    """Take the zero clusters out of the tables of all snapshots; `covered`: there is a backing file.
+
+    A table that several snapshots share is done once, what it refers to counting once for each of them.
+    Raises OSError.
+    """
     seen: set[int] = set()
     for one in image.snapshots:
-        for entry in await image.read_table(one.l1_table_offset, one.l1_size):
+        for number, entry in enumerate(await image.read_table(one.l1_table_offset, one.l1_size)):
             offset = entry & OFFSET_MASK
-            if not offset or offset in seen:
-                continue
-            seen.add(offset)
-            table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
-            if any(value & ZERO and not value & COMPRESSED for value in table):
-                return True
-    return False
+            if offset and offset not in seen:
+                seen.add(offset)
+                await _expand_table(image, offset, number << image.l2_bits + image.cluster_bits, covered)
+
+
+async def _expand_table(image: Image, offset: int, guest: int, covered: bool) -> None:
+    """Do the table at `offset`, whose first entry stands for guest offset `guest`: zeroes first, then the entries."""
+    table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
+    references = await image.refcounts.get(offset >> image.cluster_bits)
+    zero = [index for index, entry in enumerate(table) if entry & ZERO and not entry & COMPRESSED]
+    if not zero:
+        return
+    freed = [table[index] & OFFSET_MASK for index in zero if table[index] & OFFSET_MASK]
+    for index in zero:
+        table[index] = 0
+        if covered:
+            host = await image.refcounts.allocate_run(1, "data cluster")
+            await image.refcounts.add(host, 1, references - 1)
+            table[index] = host << image.cluster_bits
+            await _write_zeroes(image, table[index], guest + (index << image.cluster_bits))
+    await image.write_metadata(everything=True, durable=True)
+    await write_table(image, offset, table)
+    await image.file.flush()
+    for host in freed:
+        for _ in range(references):
+            image.free(host >> image.cluster_bits, 1, "snapshot")
+
+
+async def _write_zeroes(image: Image, host: int, guest: int) -> None:
+    """Make a host cluster read as zeroes to the guest. Raises OSError."""
+    await image.check_overlap(host, image.cluster_size)
+    if image.encryption is None:
+        await image.file.pwrite_zeroes(host, image.cluster_size)
+        return
+    batch = Batch((Placed(host, guest, memoryview(bytes(image.cluster_size))),))
+    await image.encryption.write(image.file, batch)
+    batch.raise_first()
 
 
 async def _write_version(image: Image, version: int) -> None:

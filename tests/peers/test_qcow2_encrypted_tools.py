@@ -107,6 +107,26 @@ def test_the_version_goes_down_and_up_and_refcounts_get_wide(chain: tuple[Path, 
         sound(top, shown)
 
 
+@pytest.mark.parametrize("below", [True, False], ids=["backing", "alone"])
+def test_snapshots_keep_their_zeroes_in_version_2(chain: tuple[Path, Path, Path], below: bool) -> None:
+    """Two snapshots share tables; one cluster is marked as zero with its old place kept, another without a place."""
+    _, top, shown = chain
+    if not below:
+        run("qemu-img", "rebase", *SECRETS, "--image-opts", "-b", "", opts(top))
+    io(top, "write -q -P 3 4M 128k", "write -q -z 4M 64k", "write -q -z 7M 128k")
+    run("qemu-img", "convert", *SECRETS, "--image-opts", "-O", "raw", opts(top), shown)
+    for name in ("one", "two"):
+        run("qemu-img", "snapshot", *SECRETS, "--image-opts", "-c", name, opts(top))
+    io(top, "write -q -P 9 7M 64k", "write -q -z 1M 64k")
+    run("qmpd-img", "amend", *SECRETS, "--image-opts", "-o", "compat=0.10", opts(top))
+    for name in ("one", "two"):
+        run("qemu-img", "check", "-q", *SECRETS, "--image-opts", opts(top))
+        run("qemu-img", "snapshot", *SECRETS, "--image-opts", "-a", name, opts(top))
+        sound(top, shown)
+        run("qemu-img", "snapshot", *SECRETS, "--image-opts", "-d", name, opts(top))
+    sound(top, shown)
+
+
 def test_lost_refcounts_are_counted_again_those_of_the_luks_header_too(tmp_path: Path) -> None:
     need("qemu-img", "qemu-io")
     image, shown = tmp_path / "i.qcow2", tmp_path / "shown.raw"
