@@ -145,8 +145,9 @@ class LuksNode(BlockNode):
             try:
                 return await self.volume.unlock(self._source, passphrase)
             except CommandError:
-                if self._shared.generation == generation:
-                    raise
+                async with self._shared.lock:  # a change may be in the middle
+                    if self._shared.generation == generation:
+                        raise
 
     def _refresh_size(self) -> None:
         if self.volume.payload_offset > self.file.size:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from qmpd.block.batch import Batch
 from qmpd.crypto.cipher import CipherSpec, open_cipher
+from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, ImageError
+from qmpd.luks.keys import KeyslotEdit, edit_keyslots
+from qmpd.luks.shared import header_of
 from tests.gen import luks2 as gen
 from tests.unit.luks.memory import MemoryNode, edge, luks_node, opened
 
@@ -165,4 +171,52 @@ async def test_description_without_a_passphrase() -> None:
     await node.open(options)
     data = node.image_info()["format-specific"]["data"]
     assert (data["version"], data["detached-header"], data["cipher-alg"]) == (2, True, "aes-128")
+    await node.close()
+
+
+class Moving(MemoryNode):
+    """A header to which something happens just before a place in it is read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.before: dict[int, Callable[[], Awaitable[None]]] = {}
+
+    async def preadv(self, batch: Batch) -> None:
+        for request in batch:
+            happens = self.before.pop(request.offset, None)
+            if happens is not None:
+                await happens()
+        await super().preadv(batch)
+
+
+async def test_a_volume_is_unlocked_while_its_passphrase_moves_to_another_place() -> None:
+    """Between the header and its key material, slot 1 went elsewhere: "Invalid password" for a good passphrase."""
+    tree = gen.tree()
+    tree["config"]["keyslots_size"] = str(4 * gen.AREA)
+    target = Moving(gen.header(tree) + bytes(3 * gen.AREA))
+    header = edge(target)
+    text = {"s": gen.PASSPHRASE, "n": b"newpass", "x": b"other"}
+
+    async def change(**options: Any) -> None:
+        edit = KeyslotEdit(iterations=1000, pbkdf="pbkdf2", **options)
+        work = partial(edit_keyslots, header, edit, lambda name: SecretBytes(text[name]), "s", detached=True)
+        await header_of(target).change(partial(work, force=False))
+
+    await change(state="active", new_secret="n")
+    node, options, secrets = luks_node(MemoryNode(bytes(4096)), target)
+    secrets._secrets["s"] = text["n"]
+    await node.open(options)
+    place = 2 * gen.COPY + gen.AREA
+    target.before[place] = partial(change, state="changed", new_secret="n", keyslot=1)
+    await node.unlock()
+    assert not target.before
+    assert await edge(node).pread(0, 16)
+    await node.close()
+    node, options, secrets = luks_node(MemoryNode(bytes(4096)), target)
+    secrets._secrets["s"] = text["n"]
+    await node.open(options)
+    target.before[2 * gen.COPY] = partial(change, state="changed", new_secret="x", keyslot=1)
+    with pytest.raises(CommandError, match="Invalid password"):
+        await node.unlock()
+    assert not target.before
     await node.close()
