@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, QmpdError
-from qmpd.luks.backup import Bytes
+from qmpd.luks.backup import Bytes, header_image
+from qmpd.luks.create2 import Luks2Options, header_length
+from qmpd.luks.encrypt import drop_journal
+from qmpd.luks.encrypt_header import prepare_header
 from qmpd.luks.restore import restore_header
+from qmpd.luks.update2 import update_header
 from qmpd.luks.verify import entropy, verify_header
 from tests.conftest import FULL
 from tests.gen import luks2 as gen
@@ -239,6 +244,27 @@ async def test_a_restore_that_no_order_makes_safe_is_refused_unless_forced() -> 
     assert target.data == before
     await restore_header(target, image, force=True)
     assert await test_keys2.opens(target.data, "s")
+
+
+async def test_the_header_of_an_encryption_in_place_is_looked_at_and_left_alone() -> None:
+    target = test_keys.Recorded(bytes(header_length()))
+    options = Luks2Options(pbkdf="pbkdf2", iterations=1000)
+    with SecretBytes(b"abc123") as passphrase:
+        await prepare_header(target, options, passphrase, 1 << 20)
+    image = before = bytes(target.data)
+    with pytest.raises(CommandError, match="The volume is being encrypted in place"):
+        await header_image(target, detached=True)
+    report = (await verify_header(Bytes(image))).to_qapi()
+    assert (report["healthy"], len(report["requirements"]), len(report["slots"])) == (True, 1, 1)
+    with pytest.raises(CommandError, match="cannot be changed while the volume is being encrypted in place"):
+        await test_keys2.edit(target, state="active", new_secret="n")
+    with pytest.raises(CommandError, match="The backup is of a volume at work"):
+        await restore_header(target, image, force=False)
+    done = test_keys.Recorded(before)
+    await update_header(done, drop_journal)
+    with pytest.raises(CommandError, match=r"The volume is at work .* a backup would undo it"):
+        await restore_header(target, await header_image(done, detached=True), force=False)
+    assert target.data == before
 
 
 def test_entropy() -> None:
