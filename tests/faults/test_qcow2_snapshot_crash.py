@@ -16,7 +16,7 @@ from tests.faults.crash import Journal
 from tests.gen.qcow2 import MemoryNode, edge, make, open_qcow2, save
 from tests.peers.conftest import need
 
-STATES = 300
+STATES = 200
 """Crash states of a full run of each kind of change."""
 
 SIZE = 64 << 10

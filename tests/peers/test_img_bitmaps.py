@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import Proof
+from tests.peers.test_img_snapshots import run
 from tests.support.daemon import RawClient, program
-from tests.support.nbd_servers import qemu, qmpd, wait_for
+from tests.support.nbd_servers import wait_for
 from tests.support.peers import find, need
 
 MiB = 1 << 20
@@ -62,10 +63,8 @@ def machine(name: str, folder: Path) -> Iterator[tuple[RawClient, subprocess.Pop
 
 def img(tool: str, *arguments: str | Path, accept: tuple[int, ...] = (0,)) -> str:
     """Run qemu-img or qmpd-img; return what it printed, the tool's name taken out."""
-    binary = program(tool) if tool == "qmpd-img" else tool
-    done = subprocess.run([binary, *map(str, arguments)], capture_output=True, text=True, timeout=60)
-    said = (done.stdout + done.stderr).replace("qmpd-img", "qemu-img")
-    assert done.returncode in accept, f"{tool} {arguments}: {done.returncode}\n{said}"
+    status, said = run(tool, *arguments)
+    assert status in accept, f"{tool} {arguments}: {status}\n{said}"
     return said
 
 
@@ -80,18 +79,26 @@ def add_node(image: Path, **more: Any) -> tuple[str, dict[str, Any]]:
     return "blockdev-add", {"driver": "qcow2", "node-name": "q", "file": file, **more}
 
 
-def digests(server: Any, folder: Path, image: Path) -> tuple[list[Any], dict[str, str]]:
-    """Return what a storage daemon says of the bitmaps of an image it opens to read, and their digests."""
-    with server(folder) as client:
-        name, arguments = add_node(image, **{"read-only": True})
-        client.send({"execute": name, "arguments": arguments})
-        [node] = [one for one in client.ok("query-named-block-nodes", flat=True) if one["node-name"] == "q"]
-        bitmaps = node.get("dirty-bitmaps", [])
-        found = {}
-        for one in bitmaps:
-            command, named = digest(one["name"])
-            found[one["name"]] = client.send({"execute": command, "arguments": named})["return"]["sha256"]
+def digests(client: RawClient, image: Path) -> tuple[list[Any], dict[str, str]]:
+    """Return what a program says of the bitmaps of an image it opens to read, and their digests."""
+    client.ok("blockdev-add", **add_node(image, **{"read-only": True})[1])
+    [node] = [one for one in client.ok("query-named-block-nodes", flat=True) if one["node-name"] == "q"]
+    bitmaps = node.get("dirty-bitmaps", [])
+    found = {}
+    for one in bitmaps:
+        command, named = digest(one["name"])
+        found[one["name"]] = client.send({"execute": command, "arguments": named})["return"]["sha256"]
+    client.ok("blockdev-del", node_name="q")
     return bitmaps, found
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RawClient]]:
+    """Both programs, started once."""
+    need(PROGRAMS[0])
+    folder = tmp_path_factory.mktemp("machines")
+    with machine(PROGRAMS[0], folder / "0") as (theirs, _), machine(PROGRAMS[1], folder / "1") as (ours, _):
+        yield dict(zip(PROGRAMS, (theirs, ours), strict=True))
 
 
 def bitmap(verb: str, name: str, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -165,15 +172,14 @@ def converse(client: RawClient, folder: Path, steps: list[tuple[str, dict[str, A
     return [(step, plain(client.send({"execute": step[0], "arguments": step[1]}), folder)) for step in steps]
 
 
-def both(tmp_path: Path, steps: list[tuple[str, dict[str, Any]]], **more: Any) -> None:
+def both(clients: dict[str, RawClient], tmp_path: Path, steps: list[tuple[str, dict[str, Any]]], **more: Any) -> None:
     """Have QEMU and qmpd do `steps` on an image each, and compare every reply and what is in the image then."""
     said, images = [], []
-    for name in PROGRAMS:
+    for name, client in clients.items():
         folder = tmp_path / name
         image = folder / "image.qcow2"
-        with machine(name, folder) as (client, _):
-            client.ok("blockdev-add", **add_node(image, **more)[1])
-            said.append(converse(client, folder, steps))
+        client.ok("blockdev-add", **add_node(image, **more)[1])
+        said.append(converse(client, folder, steps))
         images.append(image)
         img("qemu-img", "check", "-q", image)
         img("qmpd-img", "check", "-q", image)
@@ -182,29 +188,32 @@ def both(tmp_path: Path, steps: list[tuple[str, dict[str, Any]]], **more: Any) -
     seen = [described("qemu-img", image) for image in images]
     assert seen[0] == seen[1]
     assert described("qmpd-img", images[1]) == seen[1]
-    crossed = [digests(qmpd, tmp_path / "s0", images[0]), digests(qemu, tmp_path / "s1", images[1])]
-    assert crossed[0] == crossed[1]
+    assert digests(clients["qmpd"], images[0]) == digests(clients[PROGRAMS[0]], images[1])
 
 
 @pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=512,lazy_refcounts=on"])
-def test_replies_and_what_is_stored_are_those_of_qemu(options: str, tmp_path: Path) -> None:
-    need("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
+def test_replies_and_what_is_stored_are_those_of_qemu(
+    options: str, clients: dict[str, RawClient], tmp_path: Path
+) -> None:
+    need("qemu-img")
     for name in PROGRAMS:
         (tmp_path / name).mkdir()
         img("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, tmp_path / name / "image.qcow2", "32M")
-    both(tmp_path, FIRST)
+    both(clients, tmp_path, FIRST)
     one, other = (tmp_path / name / "image.qcow2" for name in PROGRAMS)
     swap = tmp_path / "swap"
     one.rename(swap)
     other.rename(one)
     swap.rename(other)
-    both(tmp_path, AGAIN)
-    both(tmp_path, READING, **{"read-only": True})
+    both(clients, tmp_path, AGAIN)
+    both(clients, tmp_path, READING, **{"read-only": True})
 
 
 @pytest.mark.parametrize("killed", PROGRAMS)
-def test_bitmaps_of_a_killed_program_are_not_trusted(killed: str, tmp_path: Path) -> None:
-    need("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
+def test_bitmaps_of_a_killed_program_are_not_trusted(
+    killed: str, clients: dict[str, RawClient], tmp_path: Path
+) -> None:
+    need("qemu-img")
     image = tmp_path / "image.qcow2"
     img("qemu-img", "create", "-q", "-f", "qcow2", image, "20M")
     img("qmpd-img", "bitmap", "--add", image, "kept")
@@ -219,16 +228,16 @@ def test_bitmaps_of_a_killed_program_are_not_trusted(killed: str, tmp_path: Path
     for name in PROGRAMS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "image.qcow2").write_bytes(image.read_bytes())
-    both(tmp_path, READING, **{"read-only": True})
-    both(tmp_path, BROKEN)
+    both(clients, tmp_path, READING, **{"read-only": True})
+    both(clients, tmp_path, BROKEN)
 
 
 VERBS = ("add", "add -g 4k", "add --disable", "remove", "clear", "enable", "disable", "merge b0", "merge b1")
 
 
-def test_the_tools_do_the_same(proof: Proof, tmp_path: Path) -> None:
+def test_the_tools_do_the_same(proof: Proof, clients: dict[str, RawClient], tmp_path: Path) -> None:
     """Random actions of both on copies of one image, now and then on the image that the other wrote."""
-    need("qemu-storage-daemon", "qemu-img", "qemu-io")
+    need("qemu-img", "qemu-io")
     chance = random.Random(4)
     images = {"qemu-img": tmp_path / "theirs.qcow2", "qmpd-img": tmp_path / "ours.qcow2"}
     for image in images.values():
@@ -251,7 +260,7 @@ def test_the_tools_do_the_same(proof: Proof, tmp_path: Path) -> None:
             for image in images.values():
                 img("qemu-img", "check", "-q", image)
             ours, theirs = images["qmpd-img"], images["qemu-img"]
-            assert digests(qemu, tmp_path / "s", ours) == digests(qmpd, tmp_path / "t", theirs)
+            assert digests(clients[PROGRAMS[0]], ours) == digests(clients["qmpd"], theirs)
             images = {"qemu-img": ours, "qmpd-img": theirs}
     assert done
     assert refused
