@@ -59,6 +59,16 @@ async def test_what_surrounds_a_small_write_is_encrypted_too(encrypt: dict[str, 
 
 
 @METHODS
+async def test_the_rest_of_a_large_cluster_is_encrypted_zeroes(encrypt: dict[str, Any]) -> None:
+    """Zeroed by the file's own zero write, as in an image without encryption, it would read as garbage."""
+    file = await make(size=4 << 20, cluster_size=2 << 20, encrypt=encrypt)
+    node = await open_qcow2(file, **opening(encrypt))
+    await edge(node).pwrite(1 << 20, b"in the middle")
+    assert bytes(await edge(node).pread(0, 4 << 20)) == (bytes(1 << 20) + b"in the middle").ljust(4 << 20, b"\0")
+    await node.close()
+
+
+@METHODS
 async def test_zero_clusters_stay_what_they_are(encrypt: dict[str, Any]) -> None:
     file, node = await image(encrypt)
     disk = edge(node)
