@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qmpd.drivers import _qcow2_repair as repair
 from qmpd.drivers._qcow2_image import Image
+from qmpd.drivers._qcow2_snapshots import write_list
 from qmpd.formats.qcow2 import (
     ALL_ALLOCATED,
     COMPRESSED,
@@ -103,7 +104,7 @@ async def check_image(image: Image, *, fix_leaks: bool = False, fix_errors: bool
     async with image.lock:
         if image.writable:
             await image.write_metadata(everything=True, durable=True)
-        counts = await count_references(image, result)
+        counts = await count_references(image, result, fix=fix_errors)
         rebuild = await _compare(image, counts, result, fix_leaks=False, fix_errors=False)
         if rebuild and fix_errors:
             result.say("Rebuilding refcount structure")
@@ -126,6 +127,7 @@ async def check_image(image: Image, *, fix_leaks: bool = False, fix_errors: bool
                 await _compare(image, counts, result, fix_leaks=fix_leaks, fix_errors=fix_errors)
                 result.corruptions = max(before - result.corruptions_fixed, result.corruptions)
         await _check_copied(image, result, fix=fix_errors)
+        await _check_snapshots(image, result, fix=fix_errors and not result.check_errors)
         if image.writable and (fix_leaks or fix_errors):
             await image.write_metadata(everything=True, durable=True)
             bits = image.header.incompatible & (DIRTY | CORRUPT)
@@ -151,12 +153,27 @@ def _refer(image: Image, counts: Counts, result: CheckResult, offset: int, lengt
         counts.add(cluster)
 
 
-async def count_references(image: Image, result: CheckResult) -> Counts:
-    """Return how often each cluster is referred to. Raises OSError."""
+async def _check_snapshots(image: Image, result: CheckResult, *, fix: bool) -> None:
+    """Complete the entries of the snapshot table that version 3 wants more of than they have."""
+    short = [at for at, one in enumerate(image.snapshots) if one.disk_size is None and image.header.version >= 3]
+    for at in short:
+        result.say(f"{'Repairing' if fix else 'ERROR'} snapshot table entry {at} is incomplete")
+    if fix and short:
+        await write_list(image, [replace(one, disk_size=one.disk_size or image.header.size) for one in image.snapshots])
+        result.corruptions_fixed += len(short)
+    else:
+        result.corruptions += len(short)
+
+
+async def count_references(image: Image, result: CheckResult, *, fix: bool = False) -> Counts:
+    """Return how often each cluster is referred to. Raises OSError.
+
+    fix   entries that name no place for the zeroes they stand for, are mended on the way
+    """
     header = image.header
     counts = Counts()
     _refer(image, counts, result, 0, header.cluster_size)
-    await _count_l1(image, counts, result, header.l1_table_offset, header.l1_size, active=True)
+    await _count_l1(image, counts, result, header.l1_table_offset, header.l1_size, active=True, fix=fix)
     for snapshot in image.snapshots:
         where = f"ERROR snapshot {snapshot.identifier} ({snapshot.name})"
         if snapshot.l1_table_offset % header.cluster_size:
@@ -171,7 +188,7 @@ async def count_references(image: Image, result: CheckResult) -> Counts:
             )
             result.corruptions += 1
         else:
-            await _count_l1(image, counts, result, snapshot.l1_table_offset, snapshot.l1_size, active=False)
+            await _count_l1(image, counts, result, snapshot.l1_table_offset, snapshot.l1_size, active=False, fix=False)
     for offset, length in image.overlaps.areas.get("snapshot-table", ()):
         _refer(image, counts, result, offset, length)
     await _count_bitmaps(image, counts, result)
@@ -207,7 +224,7 @@ def _count_block(image: Image, counts: Counts, result: CheckResult, index: int, 
 
 
 async def _count_l1(
-    image: Image, counts: Counts, result: CheckResult, offset: int, entries: int, *, active: bool
+    image: Image, counts: Counts, result: CheckResult, offset: int, entries: int, *, active: bool, fix: bool
 ) -> None:
     _refer(image, counts, result, offset, entries * ENTRY_SIZE)
     table = await image.read_table(offset, entries)
@@ -224,12 +241,12 @@ async def _count_l1(
             result.corruptions += 1
             if active and image.writable:
                 continue
-        await _count_l2(image, counts, result, place, active=active)
+        await _count_l2(image, counts, result, place, active=active, fix=fix)
 
 
-async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: int, *, active: bool) -> None:
+async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: int, *, active: bool, fix: bool) -> None:
     table = unpack_entries(await image.read_metadata(offset, image.cluster_size))
-    expected = 0
+    expected, mended = 0, False
     for index, entry in enumerate(table[:: _stride(image)]):
         if image.extended:
             _check_bitmap(result, index, entry, table[2 * index + 1])
@@ -255,9 +272,15 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
         if not place:
             continue
         if place % image.cluster_size:
-            what = "Preallocated cluster" if entry & ZERO else "Data cluster"
-            result.say(f"ERROR offset={place:x}: {what} is not properly aligned; L2 entry corrupted.")
+            zero = not table[2 * index + 1] & ALL_ALLOCATED if image.extended else bool(entry & ZERO)
+            what = "Preallocated cluster" if zero else "Data cluster"
+            verb = "Repairing" if fix and zero else "ERROR"
+            result.say(f"{verb} offset={place:x}: {what} is not properly aligned; L2 entry corrupted.")
             result.corruptions += 1
+            if fix and zero:
+                table[index * _stride(image)] = 0 if image.extended else ZERO
+                mended = True
+                result.corruptions_fixed += 1
             continue
         if active:
             result.allocated_clusters += 1
@@ -265,6 +288,8 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
                 result.fragmented_clusters += 1
             expected = place + image.cluster_size
         _refer(image, counts, result, place, image.cluster_size)
+    if mended:
+        await repair.write_table(image, offset, table)
 
 
 def _stride(image: Image) -> int:

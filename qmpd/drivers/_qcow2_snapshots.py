@@ -184,7 +184,7 @@ async def _refresh_copied(image: Image) -> None:
 # --- the snapshot table ---------------------------------------------------------------------------
 
 
-async def _write_list(image: Image, snapshots: list[Snapshot]) -> None:
+async def write_list(image: Image, snapshots: list[Snapshot]) -> None:
     """Make `snapshots` those of the image, durably. Raises OSError; then nothing has changed."""
     header = image.header
     data = pack_snapshots(snapshots, header.size)
@@ -282,7 +282,7 @@ async def create_snapshot(image: Image, name: str, *, vm_clock: int = 0, icount:
                 icount=icount,
                 encoded=(identifier.encode(), encoded),
             )
-            await _write_list(image, [*image.snapshots, snapshot])
+            await write_list(image, [*image.snapshots, snapshot])
         except BaseException:
             if not image.dead:
                 await image.refcounts.give_back(taken)
@@ -296,7 +296,7 @@ async def delete_snapshot(image: Image, snapshot: Snapshot) -> None:
     _refuse_data_file(image)
     async with _changing(image):
         l1 = await _snapshot_l1(image, snapshot)
-        await _write_list(image, [one for one in image.snapshots if one is not snapshot])
+        await write_list(image, [one for one in image.snapshots if one is not snapshot])
         _free_bytes(image, snapshot.l1_table_offset, snapshot.l1_size * ENTRY_SIZE)
         await _unrefer(image, l1)
         await _refresh_copied(image)
