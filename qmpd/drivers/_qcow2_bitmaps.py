@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpd.block import dirty_bitmap
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ENTRY_SIZE, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, pack_entries, zero_entries
-from qmpd.formats.qcow2_header import BITMAPS, BitmapsExtension
+from qmpd.formats.qcow2_header import AUTOCLEAR_OFFSET, BITMAPS, BitmapsExtension
 from qmpd.formats.qcow2_snapshot import (
     BITMAP_ALL_ONES,
     BITMAP_AUTO,
@@ -28,7 +29,7 @@ from qmpd.formats.qcow2_snapshot import (
     bitmap_entry_valid,
     pack_bitmap_directory,
 )
-from qmpd.units import KiB
+from qmpd.units import KiB, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.dirty_bitmap import DirtyBitmap
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from qmpd.drivers._qcow2_image import Image
 
 MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31
+BACKING_OFFSET = 8
+"""Where the header says at which byte the name of the backing file is."""
+
 HEADER_ROOM = 64 * KiB
 """Bytes of the first cluster that are written with a new header."""
 
@@ -185,10 +189,8 @@ async def _write_directory(image: Image, entries: list[StoredBitmap]) -> None:
             await image.file.pwrite(offset, data)
             place = BitmapsExtension(len(entries), len(data), offset)
         header.place_bitmaps(place)
-        header.autoclear = header.autoclear & ~BITMAPS | (BITMAPS if entries else 0)
-        packed = header.pack()
         await image.write_metadata(durable=True, everything=True)
-        await image.write_header_field(0, packed.ljust(min(header.cluster_size, HEADER_ROOM), b"\0"))
+        await _write_header(image, valid=bool(entries))
     except BaseException:
         header.bitmaps, header.extensions, header.autoclear = before
         if not image.dead:
@@ -200,6 +202,35 @@ async def _write_directory(image: Image, entries: list[StoredBitmap]) -> None:
         image.overlaps.set_area("bitmap-directory", (place.directory_offset, place.directory_size))
     if before[0] is not None:
         _free_bytes(image, before[0].directory_offset, before[0].directory_size)
+
+
+async def _write_header(image: Image, *, valid: bool) -> None:
+    """Write the header with its bitmaps extension, so that each sector may come before or after the others.
+
+    While it is written, the feature bit says that the extension is not to be believed, and the name
+    of the backing file lies, once more, where neither the old nor the new extensions reach.
+    valid   there are bitmaps: the bit is set at the end
+    Raises CommandError, OSError.
+    """
+    header = image.header
+    room = min(header.cluster_size, HEADER_ROOM)
+    name, old_place = header.backing_file, header.backing_file_offset
+    header.autoclear &= ~BITMAPS
+    data = header.pack()
+    await image.write_header_field(AUTOCLEAR_OFFSET, struct.pack(">Q", header.autoclear))
+    if name and header.backing_file_offset != old_place:
+        place = align_up(max(old_place + len(name), len(data)), 8)
+        if place + len(name) <= room:
+            await image.write_header_field(place, name)
+            await image.write_header_field(BACKING_OFFSET, struct.pack(">Q", place))
+            extensions = data[BACKING_OFFSET + 8 : header.backing_file_offset]
+            data = data[:BACKING_OFFSET] + struct.pack(">Q", place) + extensions
+            data = data.ljust(place, b"\0") + name
+            header.backing_file_offset = place
+    await image.write_header_field(0, data.ljust(room, b"\0"))
+    if valid:
+        await image.write_header_field(AUTOCLEAR_OFFSET, struct.pack(">Q", header.autoclear | BITMAPS))
+        header.autoclear |= BITMAPS
 
 
 def _free_bytes(image: Image, offset: int, length: int) -> None:

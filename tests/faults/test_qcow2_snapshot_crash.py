@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ STATES = 200
 """Crash states of a full run of each kind of change."""
 
 SIZE = 64 << 10
-IMAGES = (
+IMAGES: tuple[dict[str, Any], ...] = (
     {"cluster_size": 512},
     {"cluster_size": 512, "lazy_refcounts": True},
     {"cluster_size": 1024, "version": 2},
@@ -53,7 +55,7 @@ async def scribble(disk: MemoryNode, rng: random.Random) -> None:
 async def work(change: str, seed: int, rng: random.Random) -> tuple[Journal, list[dict[str, bytes]], int]:
     """Do a change; return its journal, what is allowed afterwards (name -> content, "" the disk), the version."""
     options = IMAGES[seed % len(IMAGES)]
-    file = await make(size=SIZE, **options)  # type: ignore[arg-type]
+    file = await make(size=SIZE, **options)
     contents: dict[str, bytes] = {}
     for name in ("one", "two"):
         await scribble(file, rng)
@@ -127,33 +129,45 @@ def test_a_crash_shows_the_image_before_or_after(change: str, proof: Proof, tmp_
     proof.record(f"qcow2-snapshot-crash-{change}", states=done)
 
 
-async def store(rng: random.Random, seed: int) -> tuple[Journal, list[dict[str, str]]]:
-    """Store new bitmaps over old ones; return the journal and the digests before and after."""
-    file = await make(size=SIZE << 4, **IMAGES[(0, 1, 3)[seed % 3]])  # type: ignore[arg-type]
+STORES: tuple[dict[str, Any], ...] = (
+    {"cluster_size": 512},
+    {"cluster_size": 512, "lazy_refcounts": True},
+    {"cluster_size": 4096, "backing_file": "below" * 20, "backing_fmt": "raw"},
+    {"cluster_size": 1024, "backing_file": "below" * 4},
+)
+
+
+async def store(rng: random.Random, options: dict[str, Any], *, first: bool) -> tuple[Journal, list[dict[str, str]]]:
+    """Store bitmaps where there were none (`first`) or others; return the journal and the digests before and after."""
+    file = await make(size=SIZE << 4, **options)
     node = await open_qcow2(file)
+    journal = Journal(bytes(file.content))
+    file.recorder = journal if first else None
     for name in ("a", "b"):
         dirty_bitmap.add(node, name, 512, persistent=True, disabled=False)
     await edge(node).pwrite(rng.randrange(SIZE), b"x" * 5000)
-    await node.close()
-    node = await open_qcow2(file)
-    journal = Journal(bytes(file.content))
-    file.recorder = journal
-    dirty_bitmap.add(node, "c", 512, persistent=True, disabled=False)
-    for _ in range(20):
-        await edge(node).pwrite(rng.randrange(SIZE << 4), b"y")
+    if not first:
+        await node.close()
+        node = await open_qcow2(file)
+        file.recorder = journal = Journal(bytes(file.content))
+        dirty_bitmap.add(node, "c", 512, persistent=True, disabled=False)
+        for _ in range(20):
+            await edge(node).pwrite(rng.randrange(SIZE << 4), b"y")
     after = {str(one.name): one.sha256() for one in node.dirty_bitmaps}
     await node.close()
     return journal, [{}, after]
 
 
-async def check_bitmaps(state: bytes, allowed: list[dict[str, str]], folder: Path) -> int:
+async def check_bitmaps(state: bytes, allowed: list[dict[str, str]], backing: str | None, folder: Path) -> int:
     image = folder / "crashed.qcow2"
     image.write_bytes(state)
     info = json.loads(qemu_img("info", "--output=json", image))
+    assert info.get("backing-filename") == backing
     if not info["dirty-flag"]:
         qemu_img("check", "-q", image, accept=(0, 3))
     file = MemoryNode(state)
     node = await open_qcow2(file)
+    assert node.backing_file == backing
     trusted = {str(one.name): one.sha256() for one in node.dirty_bitmaps if not one.inconsistent}
     assert trusted in allowed
     await node.close()
@@ -168,11 +182,15 @@ def test_a_crash_leaves_no_bitmap_that_misses_something(proof: Proof, tmp_path: 
     states = proof.count(STATES)
     seen: set[int] = set()
     done = 0
-    for seed in range(3):
-        rng = random.Random(f"bitmaps{seed}")
-        journal, allowed = asyncio.run(store(rng, seed))
-        for moment in journal.moments(rng, -(-states // 3)):
-            seen.add(asyncio.run(check_bitmaps(journal.state(moment, rng), allowed, tmp_path)))
+    for number, (options, first) in enumerate(itertools.product(STORES, (False, True))):
+        rng = random.Random(f"bitmaps{number}")
+        backing = options.get("backing_file")
+        if backing:
+            (tmp_path / str(backing)).write_bytes(bytes(SIZE << 4))
+        journal, allowed = asyncio.run(store(rng, options, first=first))
+        for moment in journal.moments(rng, -(-states // 8)):
+            state = journal.state(moment, rng)
+            seen.add(asyncio.run(check_bitmaps(state, allowed, str(backing) if backing else None, tmp_path)))
             done += 1
     assert seen == {0, 1}
     proof.record("qcow2-bitmap-crash", states=done)
