@@ -1,4 +1,4 @@
-"""blockdev-encrypt on real daemons: used meanwhile, paused, cancelled, refused; cryptsetup takes the result for its own."""
+"""blockdev-encrypt on real daemons: used, paused, cancelled, refused meanwhile; cryptsetup takes what comes of it."""
 
 from __future__ import annotations
 
