@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qmpd.block.batch import WriteFlags
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import find_slice
+from qmpd.drivers._qcow2_prealloc import preallocate
 from qmpd.drivers._qcow2_write import free_entry, writable_slice
 from qmpd.drivers._qcow2_zero import zero_range
 from qmpd.errors import CommandError
@@ -38,7 +39,8 @@ async def resize(image: Image, size: int, old: int, backing: Child | None, preal
     if preallocation != "off":
         if size < old:
             raise CommandError("Preallocation can't be used for shrinking an image")
-        raise CommandError(f"Unsupported preallocation mode '{preallocation}'")
+        if image.encryption is not None:  # the zeroes of the file would not be zeroes for the guest
+            raise CommandError(f"Unsupported preallocation mode '{preallocation}'")
     if size < old:
         await _shrink(image, size, old)
     else:
@@ -48,6 +50,8 @@ async def resize(image: Image, size: int, old: int, backing: Child | None, preal
             end = max(end, min(size, backing.size))
         if end > old:
             await zero_range(image, old, end - old, WriteFlags.NONE, backing, size)
+        if preallocation != "off":
+            await preallocate(image, old, size, preallocation)
     await image.flush()
     await image.write_header_field(SIZE_OFFSET, struct.pack(">Q", size))
     header.size = size

@@ -26,6 +26,8 @@ TARGETS = {
     "qcow2-refs64-lazy": ("qcow2", "refcount_bits=64,lazy_refcounts=on"),
     "qcow2-prealloc": ("qcow2", "preallocation=metadata"),
     "qcow2-full": ("qcow2", "preallocation=full"),
+    "qcow2-zstd": ("qcow2", "compression_type=zstd"),
+    "qcow2-extended": ("qcow2", "extended_l2=on,cluster_size=16k"),
     "luks": ("luks", LUKS),
     "luks-cbc-essiv": ("luks", f"{LUKS},cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256"),
     "luks-xts128-sha512": ("luks", f"{LUKS},cipher-alg=aes-128,hash-alg=sha512"),
@@ -133,6 +135,69 @@ def test_convert_both_ways(target: str, size: int, pattern: str, capsys: pytest.
     assert Path("back2").read_bytes() == data
     compared = ("compare", "--object", SECRET, "--image-opts", source_of(image_format, name), source_of("raw", "raw"))
     assert ours(capsys, *compared) == "Images are identical.\n"
+
+
+PACKED = ["", "compression_type=zstd", "cluster_size=512", "cluster_size=2M", "compat=0.10", "extended_l2=on"]
+
+
+@pytest.mark.parametrize("pattern", ["data", "sparse"])
+@pytest.mark.parametrize("options", PACKED)
+def test_convert_compressed(options: str, pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both tools compress; each reads what the other wrote, and finds no error in it."""
+    data = content(pattern, (1 << 20) + 512)
+    Path("raw").write_bytes(data)
+    asked = ("convert", "-c", "-f", "raw", "-O", "qcow2", *(("-o", options) if options else ()), "raw")
+    ours(capsys, *asked, "mine")
+    peer(*asked, "theirs")
+    for name in ("mine", "theirs"):
+        agree(capsys, "qcow2", name)
+        same_content("qcow2", name, "raw")
+        ours(capsys, "convert", "-f", "qcow2", "-O", "raw", name, "back")
+        assert Path("back").read_bytes() == data
+    packed = [
+        sum(one["length"] for one in json.loads(peer("map", "--output=json", name)) if one["compressed"])
+        for name in ("mine", "theirs")
+    ]
+    assert packed[0] == packed[1]
+
+
+@pytest.mark.parametrize("options", ["", "cluster_size=512", "extended_l2=on", "refcount_bits=1"])
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_resize_with_preallocation(mode: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is new has its clusters, and reads as zeroes."""
+    data = content("data", (1 << 20) + 512)
+    Path("raw").write_bytes(data)
+    ours(capsys, "convert", "-f", "raw", "-O", "qcow2", *(("-o", options) if options else ()), "raw", "image")
+    ours(capsys, "resize", "-q", f"--preallocation={mode}", "image", "3M")
+    peer("check", "-q", "image")
+    told_of = json.loads(peer("check", "--output=json", "image"))
+    assert told_of["allocated-clusters"] == told_of["total-clusters"]
+    Path("raw").write_bytes(data.ljust(3 << 20, b"\0"))
+    same_content("qcow2", "image", "raw")
+    if mode == "full":
+        assert Path("image").stat().st_blocks * 512 >= 3 << 20
+
+
+def test_unknown_header_extensions_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """An extension that nobody knows is still there after the header was written anew."""
+    ours(capsys, "create", "-q", "-f", "qcow2", "image", "1M")
+    Path("below").write_bytes(bytes(1 << 20))
+    image = bytearray(Path("image").read_bytes())
+    at = 112
+    while kind := int.from_bytes(image[at : at + 4], "big"):
+        at += 8 + -(-int.from_bytes(image[at + 4 : at + 8], "big") // 8) * 8
+        assert kind != 0x12345678
+    image[at : at + 16] = bytes.fromhex("12345678 00000005") + b"hello\0\0\0"
+    Path("image").write_bytes(image)
+    for words in (
+        ("rebase", "-u", "-b", "below", "-F", "raw", "image"),
+        ("rebase", "-u", "-b", "", "image"),
+        ("amend", "-o", "lazy_refcounts=on", "image"),
+        ("bitmap", "--add", "image", "b"),
+    ):
+        ours(capsys, *words)
+        assert b"\x12\x34\x56\x78\0\0\0\5hello\0\0\0" in Path("image").read_bytes()[:4096]
+        peer("check", "-q", "image")
 
 
 @pytest.mark.parametrize("words", ["", "-W", "-m 1", "-m 16", "-S 0", "-S 64k", "-S 512", "-t none", "-t writethrough"])
