@@ -22,6 +22,9 @@ MAX_FILENAME = 4095
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*\Z")
 
 
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+
+
 def check_node_name(name: str) -> None:
     """Raise CommandError unless `name` is a letter, then letters, digits, '-', '.' and '_'."""
     if not _ID.match(name):
@@ -74,4 +77,4 @@ def exact_filename(node: BlockNode) -> str:
 
 def node_filename(node: BlockNode) -> str:
     """Return the file name shown for a node."""
-    return exact_filename(node) or "json:" + json.dumps(full_options(node), sort_keys=True, ensure_ascii=False)
+    return exact_filename(node) or "json:" + _encode(full_options(node))

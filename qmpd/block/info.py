@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
 def image_info(node: BlockNode, *, chain: bool) -> dict[str, Any]:
     """Return ImageInfo; with `chain` the backing images are nested in `backing-image`."""
+    return _image_info(node, node_filename(node), node.image_info(), chain=chain)
+
+
+def _image_info(node: BlockNode, filename: str, own: dict[str, Any], *, chain: bool) -> dict[str, Any]:
     info: dict[str, Any] = {
         "virtual-size": node.size,
-        "filename": node_filename(node),
+        "filename": filename,
         "format": node.driver_name,
     }
     allocated = node.allocated_size()
     if allocated is not None:
         info["actual-size"] = allocated
-    info |= node.image_info()
+    info |= own
     if node.backing_file:
         info["backing-filename"] = node.backing_file
         try:
@@ -65,13 +69,14 @@ def backing_depth(node: BlockNode) -> int:
 def device_info(node: BlockNode, *, flat: bool, backend: BlockBackend | None = None) -> dict[str, Any]:
     """Return BlockDeviceInfo; `flat` leaves out what lies below, `backend` adds its limits."""
     options = node.node_options
+    filename, own = node_filename(node), node.image_info()
     info: dict[str, Any] = {
         "node-name": node.name,
         "drv": node.driver_name,
-        "file": node_filename(node),
+        "file": filename,
         "ro": node.read_only,
         "active": True,
-        "encrypted": bool(node.image_info().get("encrypted")),
+        "encrypted": bool(own.get("encrypted")),
         "cache": {
             "writeback": True,
             "direct": bool(options.cache_direct),
@@ -80,7 +85,7 @@ def device_info(node: BlockNode, *, flat: bool, backend: BlockBackend | None = N
         "detect_zeroes": options.detect_zeroes or "off",
         "backing_file_depth": 0 if flat else backing_depth(node),
         "write_threshold": node.write_threshold,
-        "image": image_info(node, chain=not flat),
+        "image": _image_info(node, filename, own, chain=not flat),
     }
     if node.dirty_bitmaps:
         info["dirty-bitmaps"] = [bitmap.to_wire() for bitmap in node.dirty_bitmaps]

@@ -132,7 +132,8 @@ class QomObject:
 
     def add_child(self, name: str, child: QomObject) -> None:
         """Put `child` below this object. Raises CommandError if any property has that name."""
-        if name in self.properties():
+        plain = type(self).properties is QomObject.properties  # then the table of children need not be made
+        if name in self.children or name in (type_properties(type(self)) if plain else self.properties()):
             raise CommandError(f"attempt to add duplicate property '{name}' to object (type '{self.type_name}')")
         child.name, child.parent = name, self
         self.children[name] = child
