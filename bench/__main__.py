@@ -21,14 +21,14 @@ def arguments() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--rows", default="", help="only rows whose 'IMAGE NAME' matches this expression")
-    parser.add_argument("--seconds", type=float, help="length of one slice (default: 0.4, with --quick 0.12)")
-    parser.add_argument("--rounds", type=int, help="slices of each server per row (default: 7, with --quick 5)")
+    parser.add_argument("--seconds", type=float, help="length of one slice (default: 0.4, with --quick 0.1)")
+    parser.add_argument("--rounds", type=int, help="slices of each server per row (default: 7, with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="the whole table in a few minutes, with more noise")
     parser.add_argument("--name", help="name of the files in bench/results (default: latest, quick, part)")
     parser.add_argument("--folder", help="where the images are made (default: a temporary folder)")
     given = parser.parse_args()
-    given.seconds = given.seconds or (0.12 if given.quick else 0.4)
-    given.rounds = given.rounds or (5 if given.quick else 7)
+    given.seconds = given.seconds or (0.1 if given.quick else 0.4)
+    given.rounds = given.rounds or (3 if given.quick else 7)
     given.name = given.name or ("part" if given.rows else "quick" if given.quick else "latest")
     return given
 
@@ -48,7 +48,7 @@ def exports(given: argparse.Namespace, pattern: re.Pattern[str], folder: Path) -
         for row in transfer.by_client(client, running, pattern, given.rounds, given.seconds):
             rows.append(row)
             print(report.row_line(row), flush=True)
-        few = max(3, given.rounds // 2)
+        few = max(2, given.rounds // 2)
         print("\nExports, by nbdcopy and by fio's nbd engine\n" + report.row_head(), flush=True)
         for row in transfer.by_tools(folder, running, pattern, few, given.seconds):
             rows.append(row)
@@ -78,7 +78,7 @@ def main() -> None:
             print(report.figure_line(figure), flush=True)
         print("\nqmpd-img\n" + report.figure_head("qemu-img"), flush=True)
         size = GiB if not given.quick else 256 * MiB
-        for figure in convert.figures(folder, pattern, 3 if given.quick else 5, size):
+        for figure in convert.figures(folder, pattern, 2 if given.quick else 5, size):
             figures.append(figure)
             print(report.figure_line(figure), flush=True)
     settings |= {"load_after": os.getloadavg()[0], "took": round(time.monotonic() - began)}
