@@ -41,12 +41,14 @@ async def read_header(file: Child, *, writable: bool, check: bool = False) -> tu
 
 
 async def open_image(
-    options: Qcow2Options, *, writable: bool, unmap: bool, report: Report, check: bool = False
+    options: Qcow2Options, *, writable: bool, unmap: bool, report: Report, check: bool = False, no_io: bool = False
 ) -> Image:
     """Return the open image on `options.file`; nothing is written yet.
 
     writable  guest writes or repairs may follow        unmap  the node passes discards on
     check     it is opened to be checked: what a repair can mend is no error
+    no_io     nothing of the guest disk is going to be read: an external data file is then only told of, and
+              never opened, as its name is whatever the image says
     Raises CommandError, OSError.
     """
     file = options.file
@@ -65,8 +67,11 @@ async def open_image(
     image.encryption = await read_encryption(file, header)
     if image.encryption is not None:
         image.overlaps.protect(*image.encryption.place)
-    _check_data_file(options, header)
-    refuse_unbuilt(header)
+    if no_io and header.incompatible & qcow2_header.DATA_FILE:
+        image.dead = True
+    else:
+        _check_data_file(options, header)
+        refuse_unbuilt(header)
     qcow2_header.read_backing_name(header, data)
     image.overlaps.set_area("bitmap-directory")
     if header.bitmaps is not None:

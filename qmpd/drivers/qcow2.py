@@ -44,7 +44,15 @@ from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import ClusterType
-from qmpd.formats.qcow2_header import COMPRESSION_TYPES, CORRUPT, CRYPT_AES, DIRTY, LAZY_REFCOUNTS
+from qmpd.formats.qcow2_header import (
+    COMPRESSION_TYPES,
+    CORRUPT,
+    CRYPT_AES,
+    DATA_FILE,
+    DATA_FILE_RAW,
+    DIRTY,
+    LAZY_REFCOUNTS,
+)
 from qmpd.formats.qcow2_snapshot import BITMAP_IN_USE
 from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR
@@ -71,7 +79,10 @@ class Qcow2Node(BlockNode):
         self.file = options.file
         unmap = self.node_options.discard == "unmap"
         check = OpenFlags.CHECK in self.graph.open_flags
-        image = await open_image(options, writable=self.writable, unmap=unmap, report=self._report, check=check)
+        no_io = OpenFlags.NO_IO in self.graph.open_flags
+        image = await open_image(
+            options, writable=self.writable, unmap=unmap, report=self._report, check=check, no_io=no_io
+        )
         self.image = image
         self._take_secret(options)
         header = image.header
@@ -338,6 +349,10 @@ class Qcow2Node(BlockNode):
             data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible & CORRUPT)
             data["extended-l2"] = header.extended
+            if header.incompatible & DATA_FILE:
+                if header.data_file is not None:
+                    data["data-file"] = header.data_file.decode("utf-8", "surrogateescape")
+                data["data-file-raw"] = bool(header.autoclear & DATA_FILE_RAW)
             if self.image.bitmaps:
                 data["bitmaps"] = [bitmap.to_qapi() for bitmap in self.image.bitmaps]
         encryption = self.image.encryption

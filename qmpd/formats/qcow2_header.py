@@ -136,6 +136,12 @@ class Header:
     bitmaps: BitmapsExtension | None = None
 
     @property
+    def data_file(self) -> bytes | None:
+        """The name of the external data file, None if there is no data file or the image does not name it."""
+        names = [data for kind, data in self.extensions if kind == EXT_DATA_FILE]
+        return names[0].split(b"\0", 1)[0] if names and self.incompatible & DATA_FILE else None
+
+    @property
     def cluster_size(self) -> int:
         """Bytes in a cluster."""
         return 1 << self.cluster_bits

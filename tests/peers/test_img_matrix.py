@@ -178,6 +178,18 @@ def test_resize_with_preallocation(mode: str, options: str, capsys: pytest.Captu
         assert Path("image").stat().st_blocks * 512 >= 3 << 20
 
 
+@pytest.mark.parametrize("raw", ["off", "on"])
+def test_info_tells_of_a_data_file_and_does_not_open_it(raw: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name is whatever the image says: a file that is not there is not missed."""
+    peer("create", "-q", "-f", "qcow2", "-o", f"data_file=data,data_file_raw={raw}", "image", "1M")
+    os.unlink("data")
+    mine, theirs = (tool("info", "--output=json", "image") for tool in (lambda *words: ours(capsys, *words), peer))
+    assert told(mine) == told(theirs)
+    assert ours(capsys, "info", "image").count("data file") == 2
+    assert img_main(["convert", "-O", "raw", "image", "out"]) == 1
+    assert not Path("out").exists()
+
+
 def test_unknown_header_extensions_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """An extension that nobody knows is still there after the header was written anew."""
     ours(capsys, "create", "-q", "-f", "qcow2", "image", "1M")
