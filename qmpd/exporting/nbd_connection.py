@@ -22,7 +22,7 @@ from qmpd.aio import eager
 from qmpd.aio.pool import PooledBuffer
 from qmpd.exporting.nbd_direct import DirectReader
 from qmpd.exporting.nbd_target import NbdTarget
-from qmpd.exporting.nbd_work import Work, Worker
+from qmpd.exporting.nbd_work import Lease, Work, Worker
 from qmpd.protocols.nbd import MAX_PAYLOAD, Command, Directory, NbdError
 from qmpd.protocols.nbd_handshake import Agreement, Handshake, Stage
 from qmpd.protocols.nbd_transmission import Request, Requests
@@ -33,6 +33,9 @@ _trace = trace.flag("nbd.request")
 
 RECEIVE = 256 * KiB
 """Bytes of the buffer that requests are received into: several 64 KiB writes in one call."""
+
+PAYLOAD_TURNS = 8
+"""Receives in a row for the payload of a large write, which comes in pieces of a socket's buffer."""
 
 HANDSHAKE_RECEIVE = 8 * KiB
 """Bytes taken at a time before a client has chosen an export."""
@@ -254,6 +257,12 @@ class Connection:
             reader()
 
     def _read(self) -> None:
+        """Receive once, or while a payload is under way as long as there is some of it."""
+        for _ in range(PAYLOAD_TURNS):
+            if not self._read_once() or self._payload is None or self._closed or self._reader is None:
+                return
+
+    def _read_once(self) -> bool:
         assert self._buffer is not None
         view = self._buffer.view[self._filled :] if self._filled else self._buffer.view
         try:
@@ -264,13 +273,13 @@ class Connection:
             else:
                 count = self._sock.recvmsg_into((self._payload.view[self._got :], view))[0]
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return
+            return False
         except OSError as error:
             self._close(str(error))
-            return
+            return False
         if not count:
             self._end("" if not self._filled and self._payload is None else "client went away within a request")
-            return
+            return False
         if self._payload is not None:
             count = self._take_payload(count)
         self._filled += count
@@ -279,6 +288,7 @@ class Connection:
         self._pump()
         if self._secure is not None and self._reader is not None and self._secure.pending():
             self._loop.call_soon(self._again, self._read)
+        return True
 
     def _take_payload(self, count: int) -> int:
         """Count received bytes towards the payload that is awaited; return how many are beyond it."""
@@ -290,7 +300,7 @@ class Connection:
         if self._got == request.length:
             self._payload = self._partial = None
             request.payload = payload.view
-            self._start(self._write([request], request.length, _Lease(payload, given_up=True)))
+            self._start(self._write([request], request.length, Lease(payload, given_up=True)))
         return count - mine
 
     def _decode(self) -> None:
@@ -311,7 +321,7 @@ class Connection:
             writes = [one for one in decoded.requests if one.payload is not None]
             self._waiting.extend(one for one in decoded.requests if one.payload is None)
             if writes:
-                lease = _Lease(buffer, given_up=False)
+                lease = Lease(buffer, given_up=False)
                 self._in_flight += RECEIVE
                 if self._start(self._write(writes, RECEIVE, lease)):
                     lease.given_up = True
@@ -350,7 +360,7 @@ class Connection:
 
     # --- work -------------------------------------------------------------------------------------
 
-    async def _write(self, requests: list[Request], admitted: int, lease: _Lease) -> None:
+    async def _write(self, requests: list[Request], admitted: int, lease: Lease) -> None:
         assert self._worker is not None
         replies = await self._worker.write(requests)
         if lease.given_up:
@@ -581,15 +591,6 @@ class Connection:
         if self._target is not None:
             self._target.leave(self)
         self._host.connection_closed(self)
-
-
-class _Lease:
-    """The buffer of a write: `given_up` when the work that uses it is to give it back."""
-
-    __slots__ = ("buffer", "given_up")
-
-    def __init__(self, buffer: PooledBuffer, *, given_up: bool) -> None:
-        self.buffer, self.given_up = buffer, given_up
 
 
 _READ = int(Command.READ)

@@ -50,6 +50,15 @@ class Outlet(Protocol):
         """
 
 
+class Lease:
+    """The buffer of a write: `given_up` when the work that uses it is to give it back."""
+
+    __slots__ = ("buffer", "given_up")
+
+    def __init__(self, buffer: PooledBuffer, *, given_up: bool) -> None:
+        self.buffer, self.given_up = buffer, given_up
+
+
 class Worker:
     """Carries out the requests of one connection."""
 
