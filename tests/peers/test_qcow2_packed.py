@@ -11,7 +11,9 @@ import pytest
 
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.node import BlockNode
+from qmpd.block.options import NodeOptions
 from qmpd.drivers._qcow2_check import check_image
+from qmpd.drivers.compress import CompressNode, CompressOptions
 from tests.conftest import FULL
 from tests.gen.qcow2 import MemoryNode, Qcow2Node, edge, make, open_qcow2, random_delay, save
 from tests.gen.qcow2_model import Disk, Op
@@ -96,6 +98,28 @@ async def test_packed_clusters_and_subclusters(seed: int, tmp_path: Path) -> Non
     if not node.image.settings.lazy_refcounts:
         found = await check_image(node.image)
         assert (found.corruptions, found.leaks) == (0, 0), found.messages
+    await node.close()
+    image = save(file, tmp_path / "image.qcow2")
+    qemu_img("check", "-q", image)
+    (tmp_path / "model.raw").write_bytes(disk.model)
+    qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", image, tmp_path / "model.raw")
+
+
+@pytest.mark.parametrize("seed", range(SEEDS // 4))
+async def test_all_that_goes_through_the_compress_filter(seed: int, tmp_path: Path) -> None:
+    """Requests of any size and place, many at once: each rewrites its clusters compressed."""
+    need("qemu-img")
+    chance = random.Random(seed)
+    size = chance.randint(1, 40) * 4096 + chance.choice((0, 512))
+    file = await make(size=size, cluster_size=4096)
+    file.delay = random_delay(seed)
+    node = await open_qcow2(file)
+    above = CompressNode(node.graph, "c", NodeOptions(discard="unmap"), {})
+    above.children["file"] = edge(node, parent=above)
+    await above.open(CompressOptions(file=above.children["file"]))
+    disk = Disk(edge(above), bytes(size))
+    for _ in range(5):
+        await disk.run(random_group(chance, size, 4096)[:8])
     await node.close()
     image = save(file, tmp_path / "image.qcow2")
     qemu_img("check", "-q", image)
