@@ -132,7 +132,7 @@ async def read(node: BlockNode, batch: Batch) -> None:
 
 async def write(node: BlockNode, batch: Batch, flags: WriteFlags = WriteFlags.NONE) -> None:
     """Write `batch` to `node`; unaligned requests become read, modify, write of the aligned range."""
-    late_flush = flags & WriteFlags.FUA and not node.supports_fua
+    late_flush = bool(flags) and flags & WriteFlags.FUA and not node.supports_fua  # `&` of an IntFlag is slow
     if late_flush:
         flags &= ~WriteFlags.FUA
     alignment = node.request_alignment

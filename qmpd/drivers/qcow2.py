@@ -194,7 +194,7 @@ class Qcow2Node(BlockNode):
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write into clusters, allocating those that are missing or shared."""
-        if flags & WriteFlags.COMPRESSED:
+        if flags and flags & WriteFlags.COMPRESSED:
             await write_compressed(self.image, batch, self._backing(), self.size)
         else:
             await write_batch(self.image, batch, self._backing(), self.size)
