@@ -40,7 +40,7 @@ OPTIONS = (
     "encrypt.format=aes",
     "encrypt.format=aes,compat=0.10,cluster_size=4k",
 )
-SIZE = 6 << 20
+SIZE = 3 << 20
 
 
 def call(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -69,8 +69,8 @@ def opts(image: Path, secret: str = "s") -> str:
 
 def raw(path: Path) -> Path:
     """Write what images are filled with: data, a hole, data that ends within a cluster."""
-    text = Op("write", 0, SIZE, 3).data(0, SIZE)
-    path.write_bytes(text[: 1 << 20] + bytes(2 << 20) + text[: (1 << 20) + 512] + bytes(SIZE - (4 << 20) - 512))
+    text, unit = Op("write", 0, SIZE, 3).data(0, SIZE), SIZE // 6
+    path.write_bytes(text[:unit] + bytes(2 * unit) + text[: unit + 512] + bytes(2 * unit - 512))
     return path
 
 
@@ -91,8 +91,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bytes
     return make_once
 
 
-@pytest.mark.parametrize(("maker", "writer"), [("qemu-img", "qmpd-img"), ("qmpd-img", "qemu-img")])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("maker", "writer", "options"),
+    [
+        *(("qmpd-img", "qemu-img", options) for options in OPTIONS),
+        *(("qemu-img", "qmpd-img", options) for options in (*OPTIONS[:3], *OPTIONS[6:])),
+    ],
+)
 def test_images_of_either_program_read_the_same_in_both(
     tmp_path: Path, made: Callable[[str, str], bytes], maker: str, writer: str, options: str
 ) -> None:
@@ -308,7 +313,7 @@ AMENDMENTS: dict[str, list[tuple[str, ...]]] = {
         ("-o", "encrypt.state=active,encrypt.new-secret=w,encrypt.iter-time=10,encrypt.keyslot=1"),
         ("--force", "-o", "encrypt.state=active,encrypt.new-secret=w,encrypt.iter-time=10,encrypt.keyslot=1"),
         ("-o", "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=9"),
-        ("-o", "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=x"),
+        ("-o", "encrypt.keyslot=x"),
         ("-o", "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10,encrypt.keyslot=5,size=8M"),
         ("-o", "encrypt.state=inactive"), ("-o", "encrypt.state=inactive,encrypt.old-secret=w"),
         ("-o", "encrypt.state=inactive,encrypt.keyslot=5"), ("-o", "encrypt.state=inactive,encrypt.keyslot=0"),
