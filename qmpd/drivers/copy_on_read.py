@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qmpd.block import chain
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.filter import FilterNode
@@ -39,15 +40,24 @@ class CopyOnReadNode(FilterNode):
         """Find the bottom node, which must lie below."""
         self.attach_file(options.file)
         self._bottom: BlockNode | None = None
+        self._frozen: list[Child] = []
         self._copies = RangeTable()
         if options.bottom is None:
             return
         bottom = self.graph.get(options.bottom)
         if bottom is None:
             raise CommandError(f"Bottom node '{options.bottom}' not found")
-        if not _is_below(bottom, self.file.node):
+        if bottom.is_filter:
+            raise CommandError(f"Bottom node '{options.bottom}' is a filter")
+        if not chain.contains(self.file.node, bottom):
             raise CommandError(f"Bottom node '{options.bottom}' is not in the chain of '{self.file.node.name}'")
+        self._frozen = chain.freeze(self, bottom)
         self._bottom = bottom
+
+    async def close(self) -> None:
+        """Let the links to the bottom node change again."""
+        chain.thaw(self._frozen)
+        await super().close()
 
     def child_perm(self, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """Write without changing what is seen, on top of what the parents do."""
@@ -81,7 +91,7 @@ class CopyOnReadNode(FilterNode):
 
     async def _above_bottom(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Return what of the range is held by a backing image above the bottom node."""
-        node = _backing_of(_image(self.file.node))
+        node = chain.backing_of(chain.image_of(self.file.node))
         found: list[tuple[int, int]] = []
         todo = [(offset, length)]
         while node is not None and node is not self._bottom and todo:
@@ -91,7 +101,7 @@ class CopyOnReadNode(FilterNode):
                 if inside:
                     for extent in await node.block_status(at, inside):
                         (found if extent.allocated else below).append((extent.offset, extent.length))
-            todo, node = below, _backing_of(node)
+            todo, node = below, chain.backing_of(node)
         return found
 
     async def _copy(self, request: Request, unit: int) -> None:
@@ -123,25 +133,3 @@ class CopyOnReadNode(FilterNode):
         """Discard, never between the reading and the writing of a copy."""
         async with self._copies.own(offset, offset + length, exclusive=False):
             await super().pdiscard(offset, length)
-
-
-def _image(node: BlockNode) -> BlockNode:
-    """Return the first node below that is no filter."""
-    while node.is_filter:
-        node = node.children["file"].node
-    return node
-
-
-def _backing_of(node: BlockNode) -> BlockNode | None:
-    edge = node.children.get("backing")
-    return _image(edge.node) if edge else None
-
-
-def _is_below(bottom: BlockNode, top: BlockNode) -> bool:
-    node: BlockNode | None = top
-    while node is not None:
-        if node is bottom:
-            return True
-        edge = node.children.get("backing") or (node.children.get("file") if node.is_filter else None)
-        node = edge.node if edge else None
-    return False

@@ -6,11 +6,14 @@ import asyncio
 import random
 from pathlib import Path
 
+import pytest
+
 from qmpd.block.backend import BlockBackend
 from qmpd.block.batch import Batch, Request
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
 from qmpd.drivers._qcow2_create import create_qcow2
+from qmpd.errors import CommandError
 from qmpd.events import EventBus
 from qmpd.qapi.registry import discover
 from qmpd.qom.tree import ObjectTree
@@ -86,3 +89,18 @@ async def test_a_write_during_a_copy_is_not_overwritten_by_it(tmp_path: Path) ->
         await asyncio.gather(*reads, *writes)
     assert await user.pread(0, SIZE) == data
     await graph.close_all()
+
+
+async def test_a_chain_that_one_filter_relies_on_is_refused_to_another_until_the_first_is_gone(tmp_path: Path) -> None:
+    graph, user = await chain(tmp_path, bytes(SIZE), bottom="mid")
+    with pytest.raises(CommandError, match="Cannot change 'backing' link from 'top' to 'mid'"):
+        await graph.blockdev_add({"driver": "copy-on-read", "node-name": "second", "file": "top", "bottom": "base"})
+    with pytest.raises(CommandError, match="Cannot change 'file' link from 'cor' to 'top'"):
+        await graph.blockdev_add({"driver": "copy-on-read", "node-name": "second", "file": "cor", "bottom": "top"})
+    with pytest.raises(CommandError, match="Bottom node 'cor' is a filter"):
+        await graph.blockdev_add({"driver": "copy-on-read", "node-name": "second", "file": "cor", "bottom": "cor"})
+    await graph.blockdev_add({"driver": "copy-on-read", "node-name": "below", "file": "mid", "bottom": "base"})
+    await graph.blockdev_del("below")
+    await user.remove()
+    await graph.blockdev_del("cor")
+    await graph.blockdev_add({"driver": "copy-on-read", "node-name": "second", "file": "top", "bottom": "base"})
