@@ -274,7 +274,8 @@ def test_fio_verifies_what_it_wrote(served: Served, kind: str) -> None:
         need("fio's nbd engine")
     text = run(
         "fio", "--name=t", "--ioengine=nbd", f"--uri={served.uri(kind)}", "--rw=randrw", "--bsrange=512-64k",
-        "--iodepth=16", f"--size={SIZE}", "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--io_size=16m", "--output-format=json",
+        "--iodepth=16", f"--size={SIZE}", "--verify=crc32c",
+        "--verify_state_save=0", "--do_verify=1", "--io_size=16m", "--output-format=json",
     )  # fmt: skip
     [job] = json.loads(text[text.index("{") :])["jobs"]
     assert job["error"] == 0
