@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,10 @@ def listens(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *args: str, name: str = "qmpd") -> Iterator[Daemon]:
+def running(folder: Path, *args: str, name: str = "qmpd", start: Sequence[str] = ()) -> Iterator[Daemon]:
     """Run `qmpd` (or `qmpd-storage-daemon`) with a monitor in `folder`, and `args` besides.
+
+    start   the words that run the program, where it is not the installed one
 
     It must end by itself when told to, with status 0 and without having met an error of its own.
     """
@@ -140,7 +142,11 @@ def running(folder: Path, *args: str, name: str = "qmpd") -> Iterator[Daemon]:
         monitor = ["--chardev", f"socket,id=qmp0,path={path},server=on,wait=off", "--monitor", "chardev=qmp0"]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [program(name), *monitor, *args], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            [*(start or [program(name)]), *monitor, *args],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
         )
     daemon = Daemon(process, path, log)
     try:

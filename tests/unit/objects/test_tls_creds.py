@@ -418,18 +418,6 @@ def test_using_psk_on_an_old_python_is_refused(tmp_path: Path) -> None:
         psk(tmp_path).context()
 
 
-@pytest.mark.skipif(not hasattr(ssl.SSLContext, "set_psk_server_callback"), reason="needs Python 3.13")
-def test_psk_shakes_hands(tmp_path: Path) -> None:
-    (tmp_path / "keys.psk").write_text("alice:" + "5a" * 32 + "\n")
-    server = psk(tmp_path, endpoint="server").context()
-    assert handshake(server, psk(tmp_path, username="alice").context(), None) == "TLSv1.2"
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "keys.psk").write_text("alice:" + "5b" * 32 + "\n")
-    with pytest.raises(ssl.SSLError):
-        handshake(server, psk(other, username="alice").context(), None)
-
-
 def test_anon_can_be_made_but_not_used(tmp_path: Path) -> None:
     tree = ObjectTree()
     tree.add("anon", TlsCredsAnon(TlsCredsAnonOptions(dir=str(tmp_path / "none"), endpoint="server", priority="zz")))
