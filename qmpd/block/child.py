@@ -32,16 +32,18 @@ class Child:
     perm, shared   what the parent takes and what it lets the node's other parents take
     inherits       True if the node was made by this parent's own options (inline or implicit),
                    so that it goes when the parent goes
+    frozen         True while somebody relies on the edge leading where it leads (`chain.freeze`)
     The I/O methods take any alignment: what the node cannot do itself is widened here
     (`ranges.read`, `ranges.write`), serialised per node.
     """
 
-    __slots__ = ("inherits", "name", "node", "parent", "perm", "role", "shared")
+    __slots__ = ("frozen", "inherits", "name", "node", "parent", "perm", "role", "shared")
 
     def __init__(self, name: str, role: ChildRole, parent: Parent, node: BlockNode) -> None:
         self.name, self.role, self.parent, self.node = name, role, parent, node
         self.perm, self.shared = Perm.NONE, Perm.ALL
         self.inherits = False
+        self.frozen = False
 
     def describe(self) -> str:
         """Return the text used for this edge in a permission conflict."""
