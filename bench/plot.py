@@ -1,28 +1,45 @@
-"""Draws the ratios as an SVG: one dot per row on a scale of doublings, the goal as a tick."""
+"""Draws the ratios as an SVG: panels of bars on a scale of doublings, the goal as a tick.
+
+A pattern has one line: a thick bar for one connection, a thin one for four.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from bench.qmp import Figure
-from bench.report import met
 from bench.rows import IMAGES
 from bench.transfer import Row
 
-LINE, LEFT, WIDTH, RIGHT = 17, 300, 440, 70
+LINE, LEFT, SCALE, NUMBERS = 16, 295, 190, 75
 """Pixels: height of a row, room for names, width of the scale, room for numbers."""
 
+PANEL = LEFT + SCALE + NUMBERS
+TOP = 64
 LOWEST, HIGHEST = 0.5, 16.0
-INK, FAINT, GOOD, SHORT, GOAL = "#24292f", "#d0d7de", "#1a7f37", "#bf5700", "#57606a"
+INK, FAINT, QUIET = "#24292f", "#d0d7de", "#57606a"
+GOOD, SHORT = "#1a7f37", "#bf5700"
+ONE, FOUR = ", 1 connection", ", 4 connections"
+
+
+@dataclass
+class Bar:
+    """One line of a panel: the ratio, that with four connections if there is one, and the goal."""
+
+    name: str
+    ratio: float
+    goal: float | None
+    four: float | None = None
 
 
 def _x(ratio: float) -> float:
     ratio = min(max(ratio, LOWEST), HIGHEST)
-    return LEFT + WIDTH * math.log(ratio / LOWEST) / math.log(HIGHEST / LOWEST)
+    return LEFT + SCALE * math.log(ratio / LOWEST) / math.log(HIGHEST / LOWEST)
 
 
 def _text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "normal", ink: str = INK) -> str:
@@ -35,53 +52,72 @@ def _line(x1: float, y1: float, x2: float, y2: float, ink: str, width: int = 1) 
     return f'<line {ends} stroke="{ink}" stroke-width="{width}"/>'
 
 
-def _groups(
-    rows: Sequence[Row], figures: Sequence[Figure]
-) -> list[tuple[str, list[tuple[str, float, float | None, bool | None]]]]:
-    groups = []
-    for image, words in IMAGES.items():
-        lines = [(row.name, row.ratio() or 0.0, row.goal, met(row)) for row in rows if row.image == image]
-        if lines:
-            groups.append((words, lines))
-    others = [(one.name, one.ratio(), one.goal, one.met()) for one in figures]
-    lines = [(name, ratio, goal, reached) for name, ratio, goal, reached in others if ratio is not None]
-    if lines:
-        groups.append(("Monitor and qmpd-img, beside QEMU", lines))
-    return groups
+def _bars(rows: Sequence[Row]) -> list[Bar]:
+    """Return one bar for each pattern of one image."""
+    four = {row.name.removesuffix(FOUR): row.ratio() for row in rows if row.name.endswith(FOUR)}
+    bars = []
+    for row in rows:
+        ratio, name = row.ratio(), row.name.removesuffix(ONE)
+        if ratio is not None and not row.name.endswith(FOUR):
+            bars.append(Bar(name, ratio, row.goal, four.get(name)))
+    return bars
+
+
+def _panels(rows: Sequence[Row], figures: Sequence[Figure]) -> list[tuple[str, list[Bar]]]:
+    """Return title and bars of each panel. What has an absolute goal is in the tables only."""
+    panels = [(words, _bars([row for row in rows if row.image == image])) for image, words in IMAGES.items()]
+    for title, chosen in (("Monitor", False), ("qmpd-img", True)):
+        bars = [
+            Bar(one.name, ratio, one.goal)
+            for one in figures
+            if (one.peer == "qemu-img") is chosen and one.limit is None and (ratio := one.ratio()) is not None
+        ]
+        panels.append((title, bars))
+    return [panel for panel in panels if panel[1]]
+
+
+def _panel(title: str, bars: Sequence[Bar]) -> list[str]:
+    """Return the parts of one panel, its upper left corner at 0, 0."""
+    bottom = LINE * (len(bars) + 2)
+    parts = [_text(LEFT - 24, 10, title, anchor="end", weight="bold")]
+    mark = LOWEST
+    while mark <= HIGHEST:
+        parts.append(_line(_x(mark), 14, _x(mark), bottom, INK if mark == 1 else FAINT))
+        parts.append(_text(_x(mark), 10, f"{mark:g}", anchor="middle", ink=QUIET))
+        mark *= 2
+    for number, bar in enumerate(bars):
+        y = LINE * (number + 2)
+        ink = GOOD if bar.ratio >= (bar.goal or 1.0) else SHORT
+        parts.append(_text(LEFT - 10, y, bar.name, anchor="end"))
+        parts.append(_line(_x(1), y - 6, _x(bar.ratio), y - 6, ink, 6))
+        words = f"{bar.ratio:.2f}"
+        if bar.four is not None:
+            parts.append(_line(_x(1), y, _x(bar.four), y, GOOD if bar.four >= (bar.goal or 1.0) else SHORT, 2))
+            words += f" / {bar.four:.2f}"
+        if bar.goal:
+            parts.append(_line(_x(bar.goal), y - 12, _x(bar.goal), y + 2, INK, 2))
+        parts.append(_text(LEFT + SCALE + 8, y, words, ink=ink))
+    return parts
 
 
 def draw(path: Path, settings: dict[str, Any], rows: Sequence[Row], figures: Sequence[Figure]) -> None:
-    """Write the picture; without rows there is none."""
-    groups = _groups(rows, figures)
-    if not groups:
+    """Write the picture, panels in two columns; without rows there is none."""
+    panels = _panels(rows, figures)
+    if not panels:
         return
-    height = 64 + sum(LINE * (len(lines) + 2) for _, lines in groups)
-    total = LEFT + WIDTH + RIGHT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height}" width="{total}" height="{height}"'
-        ' font-family="system-ui, sans-serif" font-size="11">',
-        f'<rect width="{total}" height="{height}" fill="#ffffff"/>',
-        _text(12, 20, "Speed of qmpd as a multiple of QEMU's, same machine, same run", weight="bold"),
-        _text(12, 36, f"{settings['qemu']}; medians of pairs; tick: goal; right of 1: qmpd is faster", ink=GOAL),
-    ]
-    mark = LOWEST
-    while mark <= HIGHEST:
-        ink = INK if mark == 1 else FAINT
-        parts.append(_line(_x(mark), 50, _x(mark), height - 8, ink))
-        parts.append(_text(_x(mark), 48, f"{mark:g}", anchor="middle", ink=GOAL))
-        mark *= 2
-    y = 50.0
-    for words, lines in groups:
-        y += LINE * 1.5
-        parts.append(_text(12, y, words, weight="bold"))
-        for name, ratio, goal, reached in lines:
-            y += LINE
-            ink = SHORT if reached is False or (reached is None and ratio < 1) else GOOD
-            parts.append(_text(LEFT - 10, y, name, anchor="end"))
-            parts.append(_line(_x(1), y - 4, _x(ratio), y - 4, ink, 6))
-            if goal:
-                parts.append(_line(_x(goal), y - 10, _x(goal), y + 2, GOAL, 2))
-            parts.append(_text(total - 8, y, f"{ratio:.2f}", anchor="end", ink=ink))
-        y += LINE * 0.5
-    parts.append("</svg>")
+    title = "Speed of qmpd as a multiple of QEMU's, same machine, same run (right of 1: qmpd is faster)"
+    legend = f"{settings['qemu']}; medians of pairs; thick: one connection, thin: four; tick: goal"
+    parts = [_text(12, 20, title, weight="bold"), _text(12, 38, legend, ink=QUIET)]
+    y = TOP
+    for at in range(0, len(panels), 2):
+        for column, (words, bars) in enumerate(panels[at : at + 2]):
+            parts.append(f'<g transform="translate({column * PANEL} {y})">')
+            parts += [*_panel(words, bars), "</g>"]
+        y += LINE * (max(len(bars) for _, bars in panels[at : at + 2]) + 3)
+    width = PANEL * min(2, len(panels))
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}"'
+        ' font-family="system-ui, sans-serif" font-size="11">'
+    )
+    parts = [head, f'<rect width="{width}" height="{y}" fill="#ffffff"/>', *parts, "</svg>"]
     path.write_text("\n".join(parts) + "\n")
