@@ -65,6 +65,8 @@ class BlockNode:
 
     Class attributes a driver sets
     child_roles      its children that are opened before `open`, in that order, with their roles
+    late_roles       children that are opened between `open` and `unlock`: those that the options name, and those
+                     that the image does (`late_filename`)
     supports_backing True if it has a `backing` child (opened by the graph after `open`)
     is_filter        True if it shows its `file` child's data unchanged
     is_protocol      True if it has no child and talks to something outside (file, nbd)
@@ -87,6 +89,7 @@ class BlockNode:
 
     driver_name: ClassVar[str] = ""
     child_roles: ClassVar[Mapping[str, ChildRole]] = {}
+    late_roles: ClassVar[Mapping[str, ChildRole]] = {}
     supports_backing: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
@@ -151,6 +154,14 @@ class BlockNode:
         releases itself; the graph detaches the children.
         """
         raise NotImplementedError
+
+    def late_filename(self, name: str) -> str | None:
+        """Return the file of this host that the image names for the child `name` of `late_roles`, None for none."""
+        return None
+
+    def late_children_attached(self) -> None:
+        """Called after `open`, once the children of `late_roles` that are named are attached; not if nothing will
+        be read (NO_IO). Raises CommandError if one is missing or has no place."""
 
     async def unlock(self) -> None:
         """The slow part of opening (key derivation); runs after `open`, out of turn."""

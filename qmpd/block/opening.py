@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qmpd.block import backing, filename
 from qmpd.block.child import Child
 from qmpd.block.node import BlockNode
-from qmpd.block.options import NodeOptions, driver_members
+from qmpd.block.options import NodeOptions, OpenFlags, driver_members
 from qmpd.block.perm import ChildRole
 from qmpd.errors import CommandError
 from qmpd.qapi.bind import build
@@ -125,12 +125,14 @@ class _Opening:
         return edge
 
     async def _open(self, node: BlockNode) -> None:
-        values = {key: value for key, value in self.members.items() if key != "backing"}
+        values = {key: value for key, value in self.members.items() if key not in {"backing", *node.late_roles}}
         values.update(node.children)
         options = build(self.entry.options, values) if self.entry.options is not None else None
         try:
             await self.graph.runner.run(node.open(options))
             self.opened = True
+            if node.late_roles and OpenFlags.NO_IO not in self.graph.open_flags:
+                await self._late_children(node)
             if type(node).unlock is not BlockNode.unlock and node.locked:
                 async with self.slow():
                     await self.graph.runner.run(node.unlock())
@@ -138,6 +140,20 @@ class _Opening:
             raise open_error(node, error) from error
         if node.size > MAX_LENGTH:
             raise CommandError("Could not refresh total sector count: File too large")
+
+    async def _late_children(self, node: BlockNode) -> None:
+        """Open and attach the children that depend on what the image says."""
+        for name, role in node.late_roles.items():
+            reference = self.members.get(name)
+            if reference is None:
+                named = node.late_filename(name)
+                if named is None:
+                    continue
+                if len(named) > filename.MAX_FILENAME:
+                    raise CommandError(f"Could not open '{named[: filename.MAX_FILENAME]}': File name too long")
+                reference = {"driver": "file", "filename": named}
+            self._attach(name, role, await self._child(reference, name))
+        node.late_children_attached()
 
     async def undo(self) -> None:
         """Take back what was done, newest first; the error that caused it stays the one reported."""

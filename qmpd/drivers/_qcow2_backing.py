@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from qmpd.drivers._qcow2_zero import _change, _forget
 from qmpd.errors import CommandError
-from qmpd.formats.qcow2_header import LAZY_REFCOUNTS, MAX_BACKING_NAME, MAX_FORMAT_NAME
+from qmpd.formats.qcow2_header import EXT_DATA_FILE, LAZY_REFCOUNTS, MAX_BACKING_NAME, MAX_FORMAT_NAME
 from qmpd.units import KiB, align_up
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ HEADER_ROOM = 64 * KiB
 async def change_backing(image: Image, name: bytes, image_format: bytes) -> None:
     """Name another backing file in the header, none if `name` is empty. Raises CommandError, OSError."""
     header = image.header
+    if name and image.raw:
+        raise OSError(errno.EINVAL, "what an image with a raw data file holds is all in that file")
     if len(name) > MAX_BACKING_NAME or len(image_format) > MAX_FORMAT_NAME:
         raise CommandError("Backing file name is too long")
     before = header.backing_file, header.backing_format
@@ -36,10 +39,27 @@ async def change_backing(image: Image, name: bytes, image_format: bytes) -> None
     await image.file.flush()
 
 
+async def name_data_file(image: Image, name: bytes) -> None:
+    """Name another external data file in the header, none if `name` is empty. Raises CommandError, OSError."""
+    header = image.header
+    before = header.extensions
+    header.extensions = [one for one in before if one[0] != EXT_DATA_FILE]
+    if name:
+        header.extensions.append((EXT_DATA_FILE, name))
+    try:
+        data = header.pack()
+        await image.flush()
+        await image.write_header_field(0, data.ljust(min(header.cluster_size, HEADER_ROOM), b"\0"))
+    except BaseException:
+        header.extensions = before
+        raise
+
+
 async def make_empty(image: Image, size: int) -> None:
     """Give up every cluster of the guest disk: it then shows the backing file, or zeroes. Raises OSError."""
     image.file.debug_event("empty_image_prepare")
-    await _change(image, 0, align_up(size, image.cluster_size), _forget, make_tables=False)
+    end = align_up(size, image.cluster_size)
+    await _change(image, 0, end, _forget, make_tables=False, pass_on=image.external, reason="snapshot")
 
 
 async def set_lazy(image: Image, lazy: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from qmpd.drivers import _qcow2_repair as repair
 from qmpd.drivers._qcow2_image import Image
+from qmpd.drivers._qcow2_map import host_of
 from qmpd.drivers._qcow2_snapshots import write_list
 from qmpd.formats.qcow2 import (
     ALL_ALLOCATED,
@@ -249,7 +250,7 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
     expected, mended = 0, False
     for index, entry in enumerate(table[:: _stride(image)]):
         if image.extended:
-            _check_bitmap(result, index, entry, table[2 * index + 1])
+            _check_bitmap(image, result, index, entry, table[2 * index + 1])
         if not entry:
             continue
         if entry & COMPRESSED:
@@ -258,6 +259,10 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
                     f"ERROR: coffset={hex0(entry & OFFSET_MASK)}: copied flag must never be set for compressed clusters"
                 )
                 result.corruptions += 1
+            if image.external:
+                result.say(f"ERROR compressed cluster {index} with data file, entry={hex0(entry)}")
+                result.corruptions += 1
+                continue
             place, length = compressed_extent(entry, image.cluster_bits)
             _refer(image, counts, result, place, length)
             if active:
@@ -268,8 +273,8 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
         if entry & L2_RESERVED:
             result.say(f"ERROR found l2 entry with reserved bits set: {entry:x}")
             result.corruptions += 1
-        place = entry & OFFSET_MASK
-        if not place:
+        place = host_of(image, entry)
+        if place < 0:
             continue
         if place % image.cluster_size:
             zero = not table[2 * index + 1] & ALL_ALLOCATED if image.extended else bool(entry & ZERO)
@@ -287,7 +292,8 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
             if expected and place != expected:
                 result.fragmented_clusters += 1
             expected = place + image.cluster_size
-        _refer(image, counts, result, place, image.cluster_size)
+        if not image.external:
+            _refer(image, counts, result, place, image.cluster_size)
     if mended:
         await repair.write_table(image, offset, table)
 
@@ -297,16 +303,16 @@ def _stride(image: Image) -> int:
     return 2 if image.extended else 1
 
 
-def _check_bitmap(result: CheckResult, index: int, entry: int, bitmap: int) -> None:
+def _check_bitmap(image: Image, result: CheckResult, index: int, entry: int, bitmap: int) -> None:
     """Say what is wrong with the subclusters of an extended L2 entry."""
     offset = entry & OFFSET_MASK
     if entry & COMPRESSED:
         if not bitmap:
             return
         text = f"compressed cluster {index} with non-zero subcluster allocation bitmap, entry={hex0(entry)}"
-    elif not offset and bitmap & ALL_ALLOCATED:
+    elif host_of(image, entry) < 0 and bitmap & ALL_ALLOCATED:
         text = "Unallocated cluster has non-zero subcluster allocation map"
-    elif offset and bitmap >> SUBCLUSTERS & bitmap:
+    elif host_of(image, entry) >= 0 and bitmap >> SUBCLUSTERS & bitmap:
         text = f"offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
     else:
         return

@@ -45,7 +45,7 @@ async def write_compressed(image: Image, batch: Batch, backing: Child | None, si
     size   bytes of the guest disk: only its last cluster may be written in part, and is filled with zeroes.
            A request that is not made of whole clusters fails with EINVAL
     """
-    if image.encryption is not None:
+    if image.encryption is not None or image.external:
         batch.fail(errno.ENOTSUP)
         return
     if image.bitmaps_fresh:

@@ -7,10 +7,13 @@ tables and the data clusters. The header is written last: before it there is no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from qmpd.block.opening import MAX_LENGTH
 from qmpd.drivers._qcow2_create_crypto import NewEncryption, Target
-from qmpd.errors import CommandError
+from qmpd.errors import CommandError, FileTooLarge
 from qmpd.formats.qcow2 import (
+    ALL_ALLOCATED,
     COPIED,
     ENTRY_SIZE,
     MAX_CLUSTER_BITS,
@@ -24,6 +27,9 @@ from qmpd.formats.qcow2 import (
 from qmpd.formats.qcow2_header import (
     COMPRESSION,
     COMPRESSION_TYPES,
+    DATA_FILE,
+    DATA_FILE_RAW,
+    EXT_DATA_FILE,
     EXTENDED_L2,
     LAZY_REFCOUNTS,
     MAX_BACKING_NAME,
@@ -31,6 +37,9 @@ from qmpd.formats.qcow2_header import (
     Header,
 )
 from qmpd.units import KiB, MiB, is_power_of_two
+
+if TYPE_CHECKING:
+    from qmpd.block.child import Child
 
 MIN_EXTENDED_CLUSTER = 16 * KiB
 """Bytes in a cluster of an image with subclusters at least: each has 512."""
@@ -81,14 +90,28 @@ async def create_qcow2(
     compression_type: str = "zlib",
     extended_l2: bool = False,
     encryption: NewEncryption | None = None,
+    data_file: Child | None = None,
+    data_file_name: str = "",
+    data_file_raw: bool = False,
 ) -> None:
     """Make an image of `size` bytes on `file`, which is empty or whose contents do not matter.
 
     preallocation   off, metadata, falloc, full
+    data_file       where the guest data will be, None: in the image; `data_file_raw`: which then reads as the disk
     The backing file is only named, never opened. Raises CommandError with the reference's text
     for options that do not go together, OSError.
     """
     _check_options(size, cluster_size, version, refcount_bits, lazy_refcounts)
+    if data_file_raw and data_file is None:
+        raise CommandError("data-file-raw requires data-file")
+    if data_file_raw and backing_file is not None:
+        raise CommandError("Backing file and data-file-raw cannot be used at the same time")
+    if data_file is not None and version < 3:
+        raise CommandError(
+            "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if data_file_raw and preallocation == "off":
+        preallocation = "metadata"
     if extended_l2 and version < 3:
         raise CommandError(
             "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
@@ -113,23 +136,29 @@ async def create_qcow2(
         refcount_order=refcount_bits.bit_length() - 1,
         compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
         compression_type=COMPRESSION_TYPES.index(compression_type),
-        incompatible=(0 if compression_type == "zlib" else COMPRESSION) | (EXTENDED_L2 if extended_l2 else 0),
+        incompatible=(0 if compression_type == "zlib" else COMPRESSION)
+        | (EXTENDED_L2 if extended_l2 else 0)
+        | (0 if data_file is None else DATA_FILE),
+        autoclear=DATA_FILE_RAW if data_file_raw else 0,
+        extensions=[] if data_file is None else [(EXT_DATA_FILE, data_file_name.encode("utf-8", "surrogateescape"))],
         backing_file=(backing_file or "").encode("utf-8", "surrogateescape"),
         backing_format=(backing_fmt or "").encode("utf-8", "surrogateescape"),
     )
     if len(header.backing_file) > MAX_BACKING_NAME or len(header.backing_format) > MAX_FORMAT_NAME:
         raise CommandError("Backing file name too long")
     if encryption is None:
-        await _write_image(file, header, preallocation, None)
+        await _write_image(file, header, preallocation, None, data_file)
         return
     try:
         encryption.prepare(header)
-        await _write_image(file, header, preallocation, encryption)
+        await _write_image(file, header, preallocation, encryption, data_file)
     finally:
         encryption.wipe()
 
 
-async def _write_image(file: Target, header: Header, preallocation: str, encryption: NewEncryption | None) -> None:
+async def _write_image(
+    file: Target, header: Header, preallocation: str, encryption: NewEncryption | None, data_file: Child | None
+) -> None:
     cluster_size = header.cluster_size
     length = 0 if encryption is None else encryption.length
     layout = _lay_out(header, preallocated=preallocation != "off", encryption=length)
@@ -145,7 +174,10 @@ async def _write_image(file: Target, header: Header, preallocation: str, encrypt
     await _write_l1(file, header, layout)
     if encryption is not None:
         await encryption.write(file, layout.first_encryption * cluster_size, cluster_size)
-    await _write_data(file, header, layout, preallocation)
+    if data_file is None:
+        await _write_data(file, header, layout, preallocation)
+    else:
+        await _fill_data_file(data_file, header, preallocation)
     await file.flush()
     await file.pwrite(0, image)
     await file.flush()
@@ -169,9 +201,11 @@ def _check_options(size: int, cluster_size: int, version: int, refcount_bits: in
             "Different refcount widths than 16 bits require compatibility level 1.1 or above"
             " (use version=v3 or greater)"
         )
+    if size > MAX_LENGTH:
+        raise CommandError(f"Could not resize image: offset({size}) exceeds maximum({MAX_LENGTH})")
     entries = Header(cluster_bits=cluster_size.bit_length() - 1).l1_entries_for(size)
     if size < 0 or entries * ENTRY_SIZE > MAX_L1_BYTES:
-        raise CommandError("The image size is too large for file format 'qcow2' (try using a larger cluster size)")
+        raise FileTooLarge("Could not resize image: Failed to grow the L1 table: File too large")
 
 
 def _lay_out(header: Header, *, preallocated: bool, encryption: int) -> _Layout:
@@ -183,7 +217,7 @@ def _lay_out(header: Header, *, preallocated: bool, encryption: int) -> _Layout:
         blocks=1,
         l1=-(-entries * ENTRY_SIZE // cluster),
         l2=entries if preallocated else 0,
-        data=-(-header.size // cluster) if preallocated else 0,
+        data=-(-header.size // cluster) if preallocated and not header.incompatible & DATA_FILE else 0,
         encryption=-(-encryption // cluster),
     )
     while True:
@@ -222,15 +256,19 @@ async def _write_l1(file: Target, header: Header, layout: _Layout) -> None:
         return
     table = zero_entries(header.l1_size)
     per_table = 1 << header.l2_bits
-    stride = 2 if header.extended else 1  # the bitmaps stay empty: no subcluster shows what is in the file yet
-    data = layout.first_data
-    left = layout.data
+    stride = 2 if header.extended else 1
+    shown = header.autoclear & DATA_FILE_RAW  # else the bitmaps stay empty: nothing of the file shows yet
+    external = header.incompatible & DATA_FILE
+    data = 0 if external else layout.first_data
+    left = -(-header.size // cluster)
     for index in range(layout.l2):
         offset = (layout.first_l2 + index) * cluster
         table[index] = offset | COPIED
         entries = zero_entries(per_table * stride)
         for at in range(min(left, per_table)):
             entries[at * stride] = (data + at) * cluster | COPIED
+            if shown and header.extended:
+                entries[at * stride + 1] = ALL_ALLOCATED
         await file.pwrite(offset, pack_entries(entries))
         data += per_table
         left -= per_table
@@ -251,3 +289,18 @@ async def _write_data(file: Target, header: Header, layout: _Layout, preallocati
         while start < end:
             await file.pwrite(start, chunk[: end - start])
             start += len(chunk)
+
+
+async def _fill_data_file(data: Child, header: Header, preallocation: str) -> None:
+    """Give an external data file its size, and its space as far as asked for. Raises OSError, CommandError.
+
+    What is in it stays, and shows, if it is to read as the disk does; otherwise it never shows.
+    """
+    size = header.size
+    there = min(data.size, size)
+    if preallocation != "off" and not header.autoclear & DATA_FILE_RAW and there:
+        await data.pwrite_zeroes(0, there)
+    if data.size < size or (preallocation == "off" and data.size != size):
+        mode = preallocation if preallocation in ("falloc", "full") else "off"
+        await data.node.truncate(size, exact=False, preallocation=mode)
+    await data.flush()

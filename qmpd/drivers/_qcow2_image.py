@@ -40,6 +40,8 @@ from qmpd.formats.qcow2 import (
 )
 from qmpd.formats.qcow2_header import (
     CORRUPT,
+    DATA_FILE,
+    DATA_FILE_RAW,
     DIRTY,
     INCOMPATIBLE_OFFSET,
     REFCOUNT_TABLE_OFFSET,
@@ -96,7 +98,9 @@ class Freed:
 class Image:
     """An open image, below the driver's guest I/O.
 
-    file       the child with data and metadata        header  as in memory; see `update_header`
+    file       the child with the metadata             header  as in memory; see `update_header`
+    data       the child with the guest data: `file`, or if `external` another one, in which each cluster lies
+               where the guest sees it; those clusters have no references
     lock       held while clusters are allocated and linked, never across guest data
     owned      guest ranges whose clusters are being allocated, zeroed or discarded
     bitmaps_fresh  persistent bitmaps are there and still right: to be outdated by the first change
@@ -109,6 +113,8 @@ class Image:
     def __init__(self, file: Child, header: Header, settings: Settings, *, writable: bool, report: Report) -> None:
         self.file, self.header, self.settings, self.writable = file, header, settings, writable
         self._report = report
+        self.data = file
+        self.external = bool(header.incompatible & DATA_FILE)
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.l2_bits = header.l2_bits
@@ -142,6 +148,11 @@ class Image:
         self._active: dict[int, int] = {}
         self._next_clean = time.monotonic() + settings.clean_interval
         self._clean_ticks = (0, 0)
+
+    @property
+    def raw(self) -> bool:
+        """True if the external data file is to read, at every moment, as the guest disk does."""
+        return self.external and bool(self.header.autoclear & DATA_FILE_RAW)
 
     async def load(self) -> None:
         """Read the L1 table and the refcount table, as far as the file reaches. Raises OSError."""
@@ -187,7 +198,7 @@ class Image:
             await self.encryption.decrypt(batch)
 
     async def _read_stored(self, batch: Batch) -> None:
-        end = self.file.size
+        end = self.data.size
         inside = batch
         if any(request.end > end for request in batch):
             inside = Batch()
@@ -203,7 +214,7 @@ class Image:
             return
         try:
             self.file.debug_event("read_aio")
-            await self.file.preadv(inside)
+            await self.data.preadv(inside)
         except OSError as error:
             inside.fail(error.errno or errno.EIO)
 
@@ -307,7 +318,7 @@ class Image:
                 raise OSError(errno.ENOMEDIUM, "the image is corrupt")
             freed = await self._write_tables(everything or self.accurate or self.refcounts.cache.crowded)
             if durable or freed:
-                await self.file.flush()
+                await self.sync()
             self._limbo.extend(freed)
             if await self._release() and (self.accurate or everything):
                 await self._write_refcounts()
@@ -321,6 +332,8 @@ class Image:
         l1, self._l1_dirty = self._l1_parts(), set()
         old_l1 = {(offset - self.header.l1_table_offset) // 512 for offset, _ in l1}
         try:
+            if self.external and (l2 or l1):
+                await self.data.flush()
             if with_refcounts:
                 await self._write_refcounts(barrier=bool(l2 or l1))
             elif l2 or l1:
@@ -426,18 +439,26 @@ class Image:
         except OSError as error:
             log.info("qcow2: discarding %d bytes at %d failed: %s", length, offset, error.strerror)
 
-    async def empty_host(self, offset: int) -> None:
-        """Free the space of a cluster that stays allocated and is marked as zero; a failure is only logged.
+    async def empty_host(self, offset: int, length: int) -> None:
+        """Free the space of guest data that is marked as zero, in clusters that stay where they are; a failure
+        is only logged.
 
         The mark may not be durable yet, so the file must read as zeroes there: a discard would
         not promise that.
         """
-        if self.file.node.node_options.discard != "unmap" or offset + self.cluster_size > self.file.size:
+        length = min(length, self.data.size - offset)
+        if self.data.node.node_options.discard != "unmap" or length <= 0:
             return
         try:
-            await self.file.pwrite_zeroes(offset, self.cluster_size, WriteFlags.MAY_UNMAP | WriteFlags.NO_FALLBACK)
+            await self.data.pwrite_zeroes(offset, length, WriteFlags.MAY_UNMAP | WriteFlags.NO_FALLBACK)
         except OSError as error:
-            log.info("qcow2: freeing the space of a cluster at %d failed: %s", offset, error.strerror)
+            log.info("qcow2: freeing %d bytes at %d failed: %s", length, offset, error.strerror)
+
+    async def sync(self) -> None:
+        """Make what was written to the files durable, guest data first. Raises OSError."""
+        if self.external:
+            await self.data.flush()
+        await self.file.flush()
 
     async def flush(self) -> None:
         """Make everything written so far durable. Raises OSError."""

@@ -13,6 +13,7 @@ from qmpd.formats.qcow2 import (
     ALL_ALLOCATED,
     ALL_ZERO,
     COMPRESSED,
+    COPIED,
     OFFSET_MASK,
     SUBCLUSTERS,
     ZERO,
@@ -32,8 +33,8 @@ NORMAL = ClusterType.NORMAL
 class Run(NamedTuple):
     """A stretch of guest bytes of one kind.
 
-    host   NORMAL, ZERO_ALLOC, UNALLOCATED in a cluster that has a place: offset in the file of its first byte
-           COMPRESSED: the L2 entry; such a run lies within one cluster
+    host   NORMAL, ZERO_ALLOC, UNALLOCATED in a cluster that has a place: offset of its first byte in `Image.data`
+           COMPRESSED: the L2 entry; such a run lies within one cluster.  -1: there is no place
     """
 
     kind: ClusterType
@@ -74,6 +75,17 @@ async def find_slice(image: Image, offset: int) -> Place | None:
     return Place(found, index & (1 << image.slice_bits) - 1, entry)
 
 
+def host_of(image: Image, entry: int) -> int:
+    """Return the offset of the cluster that an entry names, which is not compressed; -1 if it names none.
+
+    In an external data file the first cluster lies at 0, and then the copied flag says that it has its place.
+    """
+    host = entry & OFFSET_MASK
+    if host:
+        return host
+    return 0 if image.external and entry & COPIED and (image.extended or not entry & ZERO) else -1
+
+
 def plain_host(image: Image, offset: int, length: int, flags: int) -> int:
     """Return the host offset of a range that lies in one plain cluster, without reading anything.
 
@@ -95,6 +107,8 @@ def plain_host(image: Image, offset: int, length: int, flags: int) -> int:
     host = entry & OFFSET_MASK
     if entry & (COMPRESSED | ZERO | flags) != flags or not host or host & mask:
         return -1
+    if image.external and host != offset & ~mask:
+        return -1
     if image.extended:
         bitmap = found.table[image.bitmaps_at + (index & (1 << image.slice_bits) - 1)]
         if bitmap != ALL_ALLOCATED:
@@ -112,21 +126,21 @@ def subclusters(image: Image, within: int, length: int) -> int:
 
 def check_bitmap(image: Image, place: Place, entry: int, bitmap: int) -> None:
     """Refuse a bitmap that does not go with its entry. Raises Corruption."""
-    invalid = bitmap >> SUBCLUSTERS & bitmap if entry & OFFSET_MASK else bitmap & ALL_ALLOCATED
+    invalid = bitmap >> SUBCLUSTERS & bitmap if host_of(image, entry) >= 0 else bitmap & ALL_ALLOCATED
     if invalid and not entry & COMPRESSED:
         raise Corruption(
             f"Invalid cluster entry found  (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(place.index)})"
         )
 
 
-def subcluster_kind(entry: int, bitmap: int, number: int) -> ClusterType:
+def subcluster_kind(image: Image, entry: int, bitmap: int, number: int) -> ClusterType:
     """Classify subcluster `number` of a valid extended L2 entry."""
     if entry & COMPRESSED:
         return ClusterType.COMPRESSED
     if bitmap >> number & 1:
         return NORMAL
     if bitmap >> SUBCLUSTERS + number & 1:
-        return ZERO_ALLOC if entry & OFFSET_MASK else ZERO_PLAIN
+        return ZERO_ALLOC if host_of(image, entry) >= 0 else ZERO_PLAIN
     return UNALLOCATED
 
 
@@ -161,7 +175,7 @@ async def map_range(image: Image, offset: int, length: int) -> list[Run]:
         place = await find_slice(image, offset)
         if place is None:
             stop = min(end, (offset >> table_span) + 1 << table_span)
-            runs.append(Run(UNALLOCATED, offset, stop - offset, 0))
+            runs.append(Run(UNALLOCATED, offset, stop - offset, -1))
         else:
             stop = min(end, (offset >> span) + 1 << span)
             if image.extended:
@@ -179,6 +193,7 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
     cluster = image.cluster_size
     mask = cluster - 1
     modern = image.header.version >= 3
+    external = image.external
     within = offset & mask
     while offset < stop:
         entry = table[index]
@@ -186,9 +201,13 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
         if length > stop - offset:
             length = stop - offset
         if entry & COMPRESSED:
+            if external:
+                raise compressed_outside(place, index)
             runs.append(Run(ClusterType.COMPRESSED, offset, length, entry))
         else:
             host = entry & OFFSET_MASK
+            if external and host and not host & mask and host != offset - within:
+                raise elsewhere(host, offset - within, index)
             if entry & ZERO:
                 if not modern:
                     raise Corruption(
@@ -198,7 +217,7 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
                 if host & mask:
                     raise _unaligned(host, place, index)
                 kind = ZERO_ALLOC if host else ZERO_PLAIN
-            elif host:
+            elif host or (external and entry & COPIED):
                 if host & mask:
                     raise _unaligned(host, place, index)
                 kind = NORMAL
@@ -215,7 +234,7 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
                     index = following - 1
             else:
                 kind = UNALLOCATED
-            runs.append(Run(kind, offset, length, host + within if host else 0))
+            runs.append(Run(kind, offset, length, host + within if host or kind is NORMAL else -1))
         offset += length
         within = 0
         index += 1
@@ -229,18 +248,22 @@ def _map_extended(image: Image, place: Place, offset: int, stop: int, runs: list
         place.index, place.index + (stop - 1 >> image.cluster_bits) - (offset >> image.cluster_bits) + 1
     ):
         entry, bitmap = table[index], table[image.bitmaps_at + index]
-        host = entry & OFFSET_MASK
+        host = host_of(image, entry)
         end = min(stop, (offset | mask) + 1)
-        if not entry & COMPRESSED and host & mask:
+        if not entry & COMPRESSED and host >= 0 and host & mask:
             raise _unaligned(host, place, index)
+        if image.external and entry & COMPRESSED:
+            raise compressed_outside(place, index)
+        if image.external and host >= 0 and host != offset & ~mask:
+            raise elsewhere(host, offset & ~mask, index)
         check_bitmap(image, Place(place.slice, index, place.table_offset), entry, bitmap)
         whole = entry & COMPRESSED or bitmap in (0, ALL_ALLOCATED, ALL_ZERO)
         while offset < end:
             within = offset & mask
             number = within >> image.sub_bits
             upto = end if whole else min(end, offset - within + (number + 1 << image.sub_bits))
-            kind = subcluster_kind(entry, bitmap, number)
-            there = entry if kind is ClusterType.COMPRESSED else host + within if host else 0
+            kind = subcluster_kind(image, entry, bitmap, number)
+            there = entry if kind is ClusterType.COMPRESSED else host + within if host >= 0 else -1
             runs.append(Run(kind, offset, upto - offset, there))
             offset = upto
 
@@ -252,14 +275,30 @@ def _unaligned(host: int, place: Place, index: int) -> Corruption:
     )
 
 
+def elsewhere(host: int, guest: int, index: int) -> Corruption:
+    """Return the error for a cluster of an external data file that is not where the guest sees it."""
+    return Corruption(
+        f"External data file host cluster offset {hex0(host)} does not match guest cluster offset: {hex0(guest)},"
+        f" L2 index: {hex0(index)})"
+    )
+
+
+def compressed_outside(place: Place, index: int) -> Corruption:
+    """Return the error for a compressed cluster in an image with an external data file."""
+    return Corruption(
+        "Compressed cluster entry found in image with external data file"
+        f" (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
+    )
+
+
 def _joined(runs: list[Run]) -> list[Run]:
     """Join neighbours that continue each other."""
     joined = [runs[0]]
     for run in runs[1:]:
         last = joined[-1]
         if run.kind is last.kind and (
-            (not run.host and not last.host)
-            or (run.kind is not ClusterType.COMPRESSED and last.host and run.host == last.host + last.length)
+            (run.host < 0 and last.host < 0)
+            or (run.kind is not ClusterType.COMPRESSED and last.host >= 0 and run.host == last.host + last.length)
         ):
             joined[-1] = Run(last.kind, last.offset, last.length + run.length, last.host)
         else:

@@ -67,11 +67,9 @@ async def open_image(
     image.encryption = await read_encryption(file, header)
     if image.encryption is not None:
         image.overlaps.protect(*image.encryption.place)
-    if no_io and header.incompatible & qcow2_header.DATA_FILE:
+    if no_io and image.external:
         image.dead = True
-    else:
-        _check_data_file(options, header)
-        refuse_unbuilt(header)
+    refuse_unbuilt(header)
     qcow2_header.read_backing_name(header, data)
     image.overlaps.set_area("bitmap-directory")
     if header.bitmaps is not None:
@@ -81,23 +79,8 @@ async def open_image(
     return image
 
 
-def _check_data_file(options: Qcow2Options, header: Header) -> None:
-    if header.incompatible & qcow2_header.DATA_FILE:
-        if options.data_file is None:
-            raise CommandError("'data-file' is required for this image")
-        return
-    if options.data_file is not None:
-        raise CommandError("'data-file' can only be set for images with an external data file")
-    if header.version >= 3 and header.autoclear & qcow2_header.DATA_FILE_RAW:
-        raise CommandError("data-file-raw requires a data file")
-
-
 def refuse_unbuilt(header: Header) -> None:
     """Refuse, by name, the features of the format that this program cannot do. Raises CommandError."""
-    unbuilt = header.incompatible & qcow2_header.DATA_FILE
-    if unbuilt:
-        names = {(kind, bit): name for kind, bit, name in qcow2_header.FEATURE_NAMES}
-        raise qcow2_header.unsupported(unbuilt, names)
     if not can_decompress(header.compression_type):
         raise CommandError(
             f"Unsupported qcow2 feature(s): compression type {COMPRESSION_TYPES[header.compression_type]}"

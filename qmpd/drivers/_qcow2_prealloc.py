@@ -10,8 +10,9 @@ import errno
 from typing import TYPE_CHECKING
 
 from qmpd.drivers._qcow2_image import Corruption, Image
+from qmpd.drivers._qcow2_map import host_of
 from qmpd.drivers._qcow2_write import set_entry, writable_slice
-from qmpd.formats.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from qmpd.formats.qcow2 import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from qmpd.units import MiB, align_down, align_up
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ async def preallocate(image: Image, start: int, end: int, mode: str) -> None:
     """Give every cluster of [start, end) that has none a place in the file. No request uses the node.
 
     mode   metadata: the place may be a hole; falloc: it has its space; full: zeroes are written
+    Whether an external data file has its space is for the caller to see to.
     Raises OSError; what has been given a place keeps it.
     """
     span = 1 << image.cluster_bits + image.slice_bits
@@ -44,6 +46,12 @@ async def preallocate(image: Image, start: int, end: int, mode: str) -> None:
 async def _fill_slice(image: Image, start: int, stop: int, mode: str) -> None:
     place = await writable_slice(image, start)
     first, count = place.index, stop - start >> image.cluster_bits
+    if image.external:
+        for number in range(count):
+            entry = place.slice.table[first + number]
+            if not entry & COMPRESSED and host_of(image, entry) < 0:
+                _set(image, place, first + number, start + (number << image.cluster_bits))
+        return
     wanted = [at for at in range(first, first + count) if not place.slice.table[at] & (COMPRESSED | OFFSET_MASK)]
     runs = await image.refcounts.allocate(len(wanted)) if wanted else []
     try:
@@ -63,6 +71,8 @@ def _set(image: Image, place: Place, index: int, host: int) -> None:
     place.index = index
     table = place.slice.table
     bitmap = table[image.bitmaps_at + index] if image.extended else 0
+    if image.raw:
+        bitmap = ALL_ALLOCATED
     set_entry(image, place, host | COPIED | table[index] & ZERO, bitmap)
 
 

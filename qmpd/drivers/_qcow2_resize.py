@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from qmpd.block.child import Child
 
 
-async def resize(image: Image, size: int, old: int, backing: Child | None, preallocation: str) -> int:
+async def resize(
+    image: Image, size: int, old: int, backing: Child | None, preallocation: str, *, exact: bool = True
+) -> int:
     """Make the guest disk `size` bytes long, `old` before; return the new size.
 
     The node is drained. Raises CommandError, OSError; then the size is what it was.
@@ -50,6 +52,8 @@ async def resize(image: Image, size: int, old: int, backing: Child | None, preal
             end = max(end, min(size, backing.size))
         if end > old:
             await zero_range(image, old, end - old, WriteFlags.NONE, backing, size)
+        if image.external:
+            preallocation = await _grow_data(image, old, size, preallocation, exact)
         if preallocation != "off":
             await preallocate(image, old, size, preallocation)
     await image.flush()
@@ -57,7 +61,35 @@ async def resize(image: Image, size: int, old: int, backing: Child | None, preal
     header.size = size
     if size < old:
         await _cut_file(image)
+        if image.external:
+            await _cut_data(image, size)
     return size
+
+
+async def _grow_data(image: Image, old: int, size: int, preallocation: str, exact: bool) -> str:
+    """Make the external data file `size` bytes long; return how the clusters of the new part are to be linked.
+
+    What is linked reads as zeroes whatever was in the file; what is not linked does so anyway. Raises OSError.
+    """
+    data = image.data
+    if image.raw and preallocation == "off" and image.encryption is None:
+        preallocation = "metadata"
+    there = min(data.size, size)
+    if preallocation != "off" and old < there:
+        await data.pwrite_zeroes(old, there - old)
+    if data.size < size or (preallocation == "off" and data.size != size):
+        mode = preallocation if preallocation in ("falloc", "full") else "off"
+        await data.node.truncate(size, exact=exact, preallocation=mode)
+    return preallocation
+
+
+async def _cut_data(image: Image, size: int) -> None:
+    """Cut the external data file off where the guest disk ends; that it stays long is no failure."""
+    try:
+        if image.data.size > size:
+            await image.data.node.truncate(size, exact=False)
+    except (OSError, CommandError) as error:
+        log.warning("qcow2: the data file could not be shortened: %s", error)
 
 
 async def _cut_file(image: Image) -> None:

@@ -351,6 +351,8 @@ async def apply_named(image: Image, node: BlockNode, tag: str) -> int:
     """Apply the snapshot that `tag` is the id or the name of; return the size. Raises CommandError."""
     if node.dirty_bitmaps:
         raise CommandError("Device has active dirty bitmaps")
+    if image.external:
+        raise CommandError("Failed to load snapshot: Operation not supported")
     found = find_snapshot(image, tag, None) or find_snapshot(image, None, tag)
     if found is None:
         raise CommandError("Failed to load snapshot: No such file or directory")

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 from qmpd.block.batch import Batch, Request
 from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import Place, check_bitmap, find_slice, plain_host, subcluster_kind, subclusters
+from qmpd.drivers._qcow2_map import (
+    Place,
+    check_bitmap,
+    compressed_outside,
+    elsewhere,
+    find_slice,
+    host_of,
+    plain_host,
+    subcluster_kind,
+    subclusters,
+)
 from qmpd.drivers._qcow2_read import read_backing, read_compressed
 from qmpd.formats.qcow2 import (
     ALL_ALLOCATED,
@@ -52,8 +62,8 @@ class Plan:
     """A guest cluster that gets a new host cluster.
 
     guest     offset of the cluster     pieces  the data, in the order of the batch
-    entry     its L2 entry before       host    offset of the cluster to write
-    fresh     `host` was taken for this, not found preallocated
+    entry     its L2 entry before       host    offset of the cluster to write, -1: not yet known
+    fresh     `host` was taken for this, not found preallocated nor given by an external data file
     bitmap    (extended L2) the bitmap before      filled  mask of subclusters that are allocated now
     """
 
@@ -63,7 +73,7 @@ class Plan:
         self.guest = guest
         self.pieces: list[Piece] = []
         self.entry = 0
-        self.host = 0
+        self.host = -1
         self.fresh = False
         self.bitmap = 0
         self.filled = 0
@@ -158,6 +168,9 @@ async def _classify(
                     "Zero cluster entry found in pre-v3 image"
                     f" (L2 offset: {hex0(place.table_offset)}, L2 index: {hex0(index)})"
                 )
+            if entry & COMPRESSED and image.external:
+                assert place is not None
+                raise compressed_outside(place, index)
             plan = plans.get(offset - within)
             if plan is None:
                 plan = plans[offset - within] = Plan(offset - within)
@@ -190,6 +203,11 @@ def _following(place: Place, index: int, entry: int, cluster: int, room: int) ->
 
 def _checked_host(image: Image, entry: int, offset: int) -> int:
     host = entry & OFFSET_MASK
+    if image.external and not host & image.cluster_size - 1:
+        guest = offset & ~(image.cluster_size - 1)
+        if host != guest:
+            raise elsewhere(host, guest, guest >> image.cluster_bits & (1 << image.l2_bits) - 1)
+        return host
     if host & image.cluster_size - 1 or not host:
         kind = "Preallocated zero" if entry & ZERO else "Data"
         raise Corruption(f"{kind} cluster offset {hex0(host)} unaligned (guest offset: {hex0(offset)})")
@@ -199,7 +217,7 @@ def _checked_host(image: Image, entry: int, offset: int) -> int:
 async def _write_file(image: Image, batch: Batch) -> None:
     """Write guest data to the file, no metadata being in the way. Errors are marked."""
     checked = batch
-    if not all(image.overlaps.clear(request.offset, len(request.view)) for request in batch):
+    if not image.external and not all(image.overlaps.clear(request.offset, len(request.view)) for request in batch):
         checked = await _without_overlaps(image, batch)
     if not checked:
         return
@@ -207,11 +225,11 @@ async def _write_file(image: Image, batch: Batch) -> None:
         checked.fail(errno.ENOMEDIUM)
         return
     try:
-        image.file.debug_event("write_aio")
+        image.data.debug_event("write_aio")
         if image.encryption is None:
-            await image.file.pwritev(checked)
+            await image.data.pwritev(checked)
         else:
-            await image.encryption.write(image.file, checked)
+            await image.encryption.write(image.data, checked)
     except OSError as error:
         checked.fail(error.errno or errno.EIO)
 
@@ -265,7 +283,8 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
                 plan.entry = place.slice.table[place.index] if place is not None else 0
                 if image.extended:
                     _look_at_subclusters(image, plan, place)
-                if plan.entry & COPIED and not plan.entry & COMPRESSED:
+                placed = not image.external or host_of(image, plan.entry) >= 0
+                if plan.entry & COPIED and not plan.entry & COMPRESSED and placed:
                     plan.host = _checked_host(image, plan.entry, plan.guest)
             except Corruption as found:
                 plan.fail(await image.fail(found))
@@ -273,13 +292,13 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
             except OSError as error:
                 plan.fail(error.errno or errno.EIO)
                 continue
-            if plan.host and not plan.entry & ZERO and plan.bitmap & plan.filled == plan.filled:
+            if plan.host >= 0 and not plan.entry & ZERO and plan.bitmap & plan.filled == plan.filled:
                 for piece in plan.pieces:
                     at = plan.host + piece.start
                     ready.append(Placed(at, plan.guest + piece.start, piece.view, piece.request))
             else:
                 todo.append(plan)
-        wanting = [plan for plan in todo if not plan.host]
+        wanting = [plan for plan in todo if plan.host < 0]
         if wanting:
             await _take_clusters(image, wanting)
     return [plan for plan in todo if not plan.failed]
@@ -319,7 +338,7 @@ def _gaps(image: Image, plan: Plan) -> list[tuple[int, int, ClusterType]]:
         for number in range(start >> image.sub_bits, (end - 1 >> image.sub_bits) + 1):
             if not wanted >> number & 1:
                 continue
-            kind = subcluster_kind(plan.entry, plan.bitmap, number)
+            kind = subcluster_kind(image, plan.entry, plan.bitmap, number)
             low, high = max(start, number << image.sub_bits), min(end, number + 1 << image.sub_bits)
             if found and found[-1][1] == low and found[-1][2] is kind:
                 found[-1] = (found[-1][0], high, kind)
@@ -329,6 +348,12 @@ def _gaps(image: Image, plan: Plan) -> list[tuple[int, int, ClusterType]]:
 
 
 async def _take_clusters(image: Image, wanting: list[Plan]) -> None:
+    if image.external:
+        for plan in wanting:
+            if plan.guest > OFFSET_MASK or image.dead:
+                plan.fail(errno.ENOMEDIUM if image.dead else errno.EFBIG)
+            plan.host = plan.guest
+        return
     try:
         if image.dead:
             raise OSError(errno.ENOMEDIUM, "the image is corrupt")
@@ -397,8 +422,9 @@ async def _zero_gap(image: Image, plan: Plan, start: int, end: int) -> None:
         plan.gaps.append((start, memoryview(bytes(end - start))))
         return
     try:
-        await image.check_overlap(plan.host + start, end - start)
-        await image.file.pwrite_zeroes(plan.host + start, end - start)
+        if not image.external:
+            await image.check_overlap(plan.host + start, end - start)
+        await image.data.pwrite_zeroes(plan.host + start, end - start)
     except OSError as error:
         plan.fail(error.errno or errno.EIO)
 
@@ -470,7 +496,9 @@ def set_entry(image: Image, place: Place, entry: int, bitmap: int) -> None:
 
 
 def free_entry(image: Image, entry: int, reason: str) -> None:
-    """Give up the clusters that an L2 entry referred to."""
+    """Give up the clusters that an L2 entry referred to; those of an external data file have no references."""
+    if image.external:
+        return
     if entry & COMPRESSED:
         offset, length = compressed_extent(entry, image.cluster_bits)
         first = offset >> image.cluster_bits

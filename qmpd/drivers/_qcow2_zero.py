@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, check_bitmap, map_range, subclusters
-from qmpd.drivers._qcow2_write import free_entry, writable_slice, write_batch
+from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, check_bitmap, host_of, map_range, subclusters
+from qmpd.drivers._qcow2_write import free_entry, owned_ranges, writable_slice, write_batch
 from qmpd.formats.qcow2 import ALL_ZERO, COMPRESSED, OFFSET_MASK, SUBCLUSTERS, ZERO, hex0
 from qmpd.units import align_down, align_up
 
@@ -47,6 +47,8 @@ async def zero_range(
         await _write_zeroes(image, a, b, backing, size)
     if start >= stop:
         return
+    if image.raw:
+        await image.data.pwrite_zeroes(start, min(stop, size) - start, flags)
     if image.extended:
         start, stop = await _zero_ends(image, start, stop, backing, size)
         if start >= stop:
@@ -58,11 +60,11 @@ async def zero_range(
     keep = image.settings.discard_no_unref
 
     def zero(entry: int) -> tuple[int, bool]:
-        if entry & COMPRESSED or (unmap and entry & OFFSET_MASK and not keep):
+        if entry & COMPRESSED or (unmap and host_of(image, entry) >= 0 and not keep):
             return ZERO, True
         return entry | ZERO, False
 
-    await _change(image, start, stop, zero, pass_on=unmap and keep)
+    await _change(image, start, stop, zero, pass_on=unmap and (keep or image.external))
 
 
 async def _write_zeroes(image: Image, start: int, end: int, backing: Child | None, size: int) -> None:
@@ -147,35 +149,45 @@ async def discard_range(image: Image, offset: int, length: int, backing: Child |
     def discard(entry: int) -> tuple[int, bool]:
         if not entry and not covered:
             return entry, False
-        if keep and entry & OFFSET_MASK and not entry & COMPRESSED:
+        if keep and not entry & COMPRESSED and host_of(image, entry) >= 0:
             return entry | ZERO, False
         return ZERO, True
 
-    await _change(image, start, stop, discard, make_tables=covered, pass_on=keep)
+    if image.raw:
+        await image.data.pwrite_zeroes(start, min(stop, size) - start, WriteFlags.MAY_UNMAP)
+    await _change(image, start, stop, discard, make_tables=covered, pass_on=keep or image.external)
 
 
 def _forget(_entry: int) -> tuple[int, bool]:
     return 0, True
 
 
-async def _discard_kept(image: Image, kept: list[int]) -> None:
+async def _discard_kept(image: Image, kept: list[int], reason: str) -> None:
     """Pass the discard of clusters that keep their place on to the file, if the options want it.
 
     The guest range is still owned, so nobody writes to them; requests that looked them up before
     may still be on their way, and then the discard, being advice, is left out.
     """
-    if "request" in image.settings.pass_discard and image.alone:
-        for host in kept:
-            await image.empty_host(host)
+    if reason in image.settings.pass_discard and image.alone:
+        for start, end, _ in owned_ranges(kept, image.cluster_size):
+            await image.empty_host(start, end - start)
 
 
 async def _change(
-    image: Image, start: int, stop: int, change: Change, *, make_tables: bool = True, pass_on: bool = False
+    image: Image,
+    start: int,
+    stop: int,
+    change: Change,
+    *,
+    make_tables: bool = True,
+    pass_on: bool = False,
+    reason: str = "request",
 ) -> None:
     """Apply `change` to the L2 entries of whole clusters [start, stop).
 
     make_tables  False: where there is no L2 table there is nothing to change
-    pass_on      discard the host clusters that keep their place and become zero
+    pass_on      discard the host clusters that keep their place and become zero, if discards for `reason` are
+                 passed on; in an external data file every cluster keeps its place
     Raises OSError.
     """
     if image.bitmaps_fresh:
@@ -195,7 +207,7 @@ async def _change(
                         await _change_slice(image, offset, slice_end, change, kept)
                     offset = slice_end
             if pass_on:
-                await _discard_kept(image, kept)
+                await _discard_kept(image, kept, reason)
         except Corruption as found:
             raise OSError(await image.fail(found), found.text) from found
         finally:
@@ -235,6 +247,8 @@ async def _change_slice(image: Image, start: int, stop: int, change: Change, kep
         changed = True
         if given_up:
             free_entry(image, old, "request")
+            if image.external and not old & COMPRESSED and host_of(image, old) >= 0:
+                kept.append(old & OFFSET_MASK)
         elif old & OFFSET_MASK and new & ZERO:
             kept.append(old & OFFSET_MASK)
     if changed:

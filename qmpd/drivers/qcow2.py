@@ -21,7 +21,7 @@ from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.drivers._qcow2_amend import change_refcount_bits, downgrade, forget_raw, upgrade
-from qmpd.drivers._qcow2_backing import change_backing, make_empty, set_lazy
+from qmpd.drivers._qcow2_backing import change_backing, make_empty, name_data_file, set_lazy
 from qmpd.drivers._qcow2_bitmaps import (
     check_resizable,
     check_storing,
@@ -65,6 +65,7 @@ class Qcow2Node(BlockNode):
     """A qcow2 image."""
 
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.IMAGE}
+    late_roles: ClassVar[Mapping[str, ChildRole]] = {"data-file": ChildRole.DATA}
     supports_backing = True
     can_compress = True
     opens_writing = True
@@ -73,6 +74,7 @@ class Qcow2Node(BlockNode):
 
     image: Image
     _passphrase: SecretBytes | None = None
+    _ready = False
 
     async def open(self, options: Qcow2Options) -> None:
         """Check and open the image; repair it if it was not closed and is to be written."""
@@ -84,6 +86,8 @@ class Qcow2Node(BlockNode):
             options, writable=self.writable, unmap=unmap, report=self._report, check=check, no_io=no_io
         )
         self.image = image
+        if image.external:
+            self.file.role = ChildRole.METADATA | ChildRole.PRIMARY
         self._take_secret(options)
         header = image.header
         image.bitmaps = await read_bitmaps(image)
@@ -96,10 +100,27 @@ class Qcow2Node(BlockNode):
         if image.bitmaps and not check and OpenFlags.NO_IO not in self.graph.open_flags:
             await load_bitmaps(image, self)
 
+    def late_filename(self, name: str) -> str | None:
+        """Return the external data file that the image names: a file of this host, whatever the name looks like."""
+        named = self.image.header.data_file if self.image.external else None
+        return None if named is None else named.decode("utf-8", "surrogateescape")
+
+    def late_children_attached(self) -> None:
+        """Take note of the external data file. Raises CommandError if there is none, or one for nothing."""
+        image, child = self.image, self.children.get("data-file")
+        if image.external:
+            if child is None:
+                raise CommandError("'data-file' is required for this image")
+            image.data = child
+        elif child is not None:
+            raise CommandError("'data-file' can only be set for images with an external data file")
+        elif image.header.version >= 3 and image.header.autoclear & DATA_FILE_RAW:
+            raise CommandError("data-file-raw requires a data file")
+
     def _take_secret(self, options: Qcow2Options) -> None:
         """Look up what opens an encrypted image, unless nothing will be read. Raises CommandError."""
         encryption = self.image.encryption
-        self.locked = encryption is not None
+        self.locked = encryption is not None or (self.image.external and OpenFlags.NO_IO not in self.graph.open_flags)
         if encryption is None:
             return
         if encryption.method == CRYPT_AES:
@@ -114,14 +135,9 @@ class Qcow2Node(BlockNode):
     async def unlock(self) -> None:
         """Derive the key of an encrypted image; before that, nothing of it is changed."""
         encryption, passphrase = self.image.encryption, self._passphrase
-        if encryption is None:
-            return
         try:
-            if passphrase is not None:
+            if encryption is not None and passphrase is not None:
                 await encryption.unlock(passphrase)
-        except BaseException:
-            self.image.writable = False  # so that `close` does not mark as clean what was not repaired
-            raise
         finally:
             if passphrase is not None:
                 passphrase.wipe()
@@ -135,6 +151,7 @@ class Qcow2Node(BlockNode):
             await clear_autoclear(image)
             if image.header.incompatible & DIRTY and OpenFlags.CHECK not in self.graph.open_flags:
                 await self._repair()
+        self._ready = True
 
     async def _repair(self) -> None:
         """Repair an image whose refcounts were not written back, and mark it clean."""
@@ -157,7 +174,8 @@ class Qcow2Node(BlockNode):
         )
 
     async def close(self) -> None:
-        """Write what is in memory and mark the image clean."""
+        """Write what is in memory and mark the image clean, unless it was not opened that far."""
+        self.image.writable &= self._ready
         try:
             await store_bitmaps(self.image, self)
         except (OSError, CommandError) as error:
@@ -173,8 +191,9 @@ class Qcow2Node(BlockNode):
 
     @property
     def supports_compressed(self) -> bool:
-        """True unless the image is encrypted: what is compressed would be stored in plain text."""
-        return self.image.encryption is None
+        """True unless the image is encrypted, as what is compressed would be stored in plain text, or its data
+        is in a file of its own, where each cluster has its place."""
+        return self.image.encryption is None and not self.image.external
 
     # --- I/O --------------------------------------------------------------------------------------
 
@@ -227,10 +246,10 @@ class Qcow2Node(BlockNode):
             self.image.leave(generation)
         backing = self._backing()
         end = 0 if backing is None else backing.size
-        below = self.file.node
+        below = self.image.data.node
         extents: list[Extent] = []
         for kind, at, size, place in runs:
-            host = place if place and self.image.encryption is None else None
+            host = place if place >= 0 and self.image.encryption is None else None
             if kind is ClusterType.NORMAL:
                 extents.append(Extent(at, size, data=True, zero=False, host=host, file=below))
             elif kind is ClusterType.COMPRESSED:
@@ -256,7 +275,7 @@ class Qcow2Node(BlockNode):
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Grow or shrink the guest disk; what is new reads as zeroes."""
         check_resizable(self.image, self)
-        self.size = await resize(self.image, size, self.size, self._backing(), preallocation)
+        self.size = await resize(self.image, size, self.size, self._backing(), preallocation, exact=exact)
 
     async def change_backing_file(self, name: str, image_format: str) -> None:
         """Name another backing file in the image, none if `name` is empty. Raises CommandError, OSError."""
@@ -320,6 +339,10 @@ class Qcow2Node(BlockNode):
     async def forget_raw_data_file(self) -> None:
         """Give up that the data file is valid as a raw image. Raises OSError."""
         await forget_raw(self.image)
+
+    async def set_data_file_name(self, name: str) -> None:
+        """Name another external data file in the image, none if `name` is empty. Raises CommandError, OSError."""
+        await name_data_file(self.image, name.encode("utf-8", "surrogateescape"))
 
     async def make_empty(self) -> None:
         """Give up everything that this layer holds."""

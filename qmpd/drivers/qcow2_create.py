@@ -6,11 +6,13 @@ Options: BlockdevCreateOptionsQcow2 (qapi/block-create.json). Messages: as the r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from qmpd.block.backend import BlockBackend
 from qmpd.block.child import Child
+from qmpd.block.filename import node_filename
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
 from qmpd.drivers._qcow2_create import create_qcow2
@@ -35,6 +37,8 @@ class Qcow2CreateOptions:
     refcount_bits: int = 16
     compression_type: str = "zlib"
     extended_l2: bool = False
+    data_file: str | Mapping[str, Any] | None = None
+    data_file_raw: bool = False
 
 
 @creator("qcow2", schema="BlockdevCreateOptionsQcow2", options=Qcow2CreateOptions)
@@ -51,6 +55,9 @@ class Qcow2Creator:
         if options.encrypt is not None:
             encryption = NewEncryption(options.encrypt, self._graph.objects, self._graph.open_flags)
 
+        data: Child | None = None
+        name = ""
+
         async def work(file: Child) -> None:
             await create_qcow2(
                 file,
@@ -65,12 +72,23 @@ class Qcow2Creator:
                 compression_type=options.compression_type,
                 extended_l2=options.extended_l2,
                 encryption=encryption,
+                data_file=data,
+                data_file_name=name,
+                data_file_raw=options.data_file_raw,
             )
 
-        async with self._graph.borrowed(options.file) as node:
-            backend = BlockBackend(self._graph, lambda: "an unnamed block device", Perm.WRITE | Perm.RESIZE, Perm.ALL)
-            try:
-                backend.insert(node)
-                await backend.visit(work)
-            finally:
-                await backend.remove()
+        async with AsyncExitStack() as stack:
+            file = await self._held(stack, options.file)
+            if options.data_file is not None:
+                below = await self._held(stack, options.data_file)
+                assert below.node is not None
+                data, name = below.root, node_filename(below.node)
+            await file.visit(work)
+
+    async def _held(self, stack: AsyncExitStack, reference: str | Mapping[str, Any]) -> BlockBackend:
+        """Return a backend that may write to what `reference` means, for as long as `stack` is open."""
+        node = await stack.enter_async_context(self._graph.borrowed(reference))
+        backend = BlockBackend(self._graph, lambda: "an unnamed block device", Perm.WRITE | Perm.RESIZE, Perm.ALL)
+        stack.push_async_callback(backend.remove)
+        backend.insert(node)
+        return backend

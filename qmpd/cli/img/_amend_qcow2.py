@@ -60,6 +60,9 @@ class Qcow2(Protocol):
     async def set_refcount_bits(self, bits: int) -> None:
         """Change the width of the reference counts."""
 
+    async def set_data_file_name(self, name: str) -> None:
+        """Name another external data file in the image."""
+
     async def forget_raw_data_file(self) -> None:
         """Give up that the data file is valid as a raw image."""
 
@@ -72,6 +75,7 @@ class _Wanted:
     refcount_bits: int | None = None
     lazy: bool | None = None
     raw: bool | None = None
+    data_file: str | None = None
     size: int | None = None
     backing: dict[str, str] = field(default_factory=dict)
     encrypt: dict[str, str] = field(default_factory=dict)
@@ -96,6 +100,8 @@ async def amend_qcow2(shop: Workshop, backend: BlockBackend, given: Mapping[str,
             await _refcount_bits(node, wanted.refcount_bits, data["refcount-bits"], version)
         if wanted.raw is False:
             await node.forget_raw_data_file()
+        if wanted.data_file is not None:
+            await node.set_data_file_name(wanted.data_file)
         _same_backing(node, wanted.backing)
         if wanted.lazy is not None and wanted.lazy != bool(data.get("lazy-refcounts")):
             if wanted.lazy and version < 3:
@@ -154,8 +160,9 @@ def _read(given: Mapping[str, str], data: Mapping[str, Any]) -> _Wanted:
             if wanted.refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
                 raise CommandError("Refcount width must be a power of two and may not exceed 64 bits")
         elif option == "data_file":
-            if value and "data-file" not in data:
+            if value and "data-file-raw" not in data:
                 raise CommandError("data-file can only be set for images that use an external data file")
+            wanted.data_file = value if "data-file-raw" in data else None
         elif keyval.BOOLEANS[value] and not data.get("data-file-raw"):
             raise CommandError("data-file-raw cannot be set on existing images")
         else:

@@ -249,13 +249,10 @@ class Request:
                 members[option.member] = value
         members |= encryption_members(self.given)
         tree: dict[str, Any] = _opts.crumple([*members.items()])
-        data_file = tree.get("data-file")
-        if isinstance(data_file, str):
-            await self.shop.run_creator({"driver": "file", "filename": data_file, "size": "0"})
-            tree["data-file"] = protocol_tree(data_file)
         extended = keyval.BOOLEANS.get(members.get("extended-l2", "off"), False)
         if "backing-file" in members and members.get("preallocation", "off") != "off" and not extended:
             raise CommandError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+        await self._make_data_file(tree)
         size = None if self.size is None else str(align_up(self.size, SECTOR))
         await make_image(
             self.shop,
@@ -267,6 +264,27 @@ class Request:
             file_options=below,
             iterations=self.iterations,
         )
+
+    async def _make_data_file(self, tree: dict[str, Any]) -> None:
+        """Make the external data file of `tree`, empty, unless the image cannot have it. Raises QmpdError, OSError."""
+        name = tree.get("data-file")
+        raw = keyval.BOOLEANS.get(tree.get("data-file-raw", "off"), False)
+        if not isinstance(name, str):
+            return
+        if raw and "backing-file" in tree:
+            raise CommandError("Backing file and data-file-raw cannot be used at the same time")
+        if tree.get("version") == "v2":
+            raise CommandError(
+                "External data files are only supported with compatibility level 1.1 and above"
+                " (use version=v3 or greater)"
+            )
+        place = protocol_tree(name)
+        if place["driver"] != "file":
+            raise CommandError(f"Protocol driver '{place['driver']}' does not support image creation")
+        if os.path.realpath(place["filename"]) == os.path.realpath(protocol_tree(self.filename)["filename"]):
+            raise CommandError("Error: Trying to create an image with the same filename as the data file")
+        await self.shop.run_creator({"driver": "file", "filename": place["filename"], "size": "0"})
+        tree["data-file"] = place
 
 
 def encryption_members(given: Mapping[str, str]) -> dict[str, str]:

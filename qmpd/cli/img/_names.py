@@ -292,7 +292,7 @@ class _Opener:
                     if entry.cls.is_protocol
                     else f"Block format '{driver}' does not support the option '{leaf}'"
                 )
-            if isinstance(value, dict) and member in {*entry.cls.child_roles, "backing"}:
+            if isinstance(value, dict) and member in {*entry.cls.child_roles, *entry.cls.late_roles, "backing"}:
                 self._complete(value, depth + 1, protocol=member != "backing")
         if entry.cls.is_protocol and "filename" in known and not tree.get("filename"):
             raise CommandError(f"The '{driver}' block driver requires a file name")

@@ -339,7 +339,6 @@ async def test_a_zero_write_without_fallback_changes_nothing_when_it_cannot() ->
         ({"cache_clean_interval": -1}, "Cache clean interval too big"),
         ({"cache_clean_interval": 1 << 32}, "Cache clean interval too big"),
         ({"encrypt": {"format": "aes"}}, "No encryption in image header, but options specified format 'aes'"),
-        ({"data_file": "x"}, "'data-file' can only be set for images with an external data file"),
     ],
     ids=str,
 )
