@@ -6,7 +6,7 @@ data path there is only `OSError`: an errno is all that NBD, virtio and the even
     QmpdError                 GenericError
      +-- CommandError         a request that cannot be done
      |    +-- CommandNotFound, DeviceNotFound, DeviceNotActive   their own QMP class
-     |    +-- PermissionConflict
+     |    +-- PermissionConflict, FileTooLarge
      +-- ValidationError      arguments that do not fit the schema
      +-- ImageError           a file that breaks its format
      +-- StateError           an object in the wrong state for the request
@@ -54,6 +54,10 @@ class DeviceNotActive(CommandError):
 
 class PermissionConflict(CommandError):
     """Two parents of one node want what the other does not share."""
+
+
+class FileTooLarge(CommandError):
+    """A size that a file or a format cannot have (EFBIG in QEMU, whose callers often say it in their own words)."""
 
 
 class ValidationError(QmpdError):

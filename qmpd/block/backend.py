@@ -18,9 +18,11 @@ from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.direct import DirectRead
 from qmpd.block.node import MAX_REQUEST, BlockNode, Extent
+from qmpd.block.opening import MAX_LENGTH
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.stats import AccountedStats
 from qmpd.block.throttle_group import BackendGroup, ThrottleState
+from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
@@ -352,6 +354,7 @@ class BlockBackend:
 
         Raises CommandError, OSError.
         """
+        check_length(size)
 
         async def work() -> None:
             async with self._admitted(1) as root:
@@ -375,6 +378,12 @@ class BlockBackend:
         batch = Batch.single(offset, memoryview(data))
         await self.pwritev(batch, flags)
         batch.raise_first()
+
+
+def check_length(size: int) -> None:
+    """Refuse a size in bytes that no node may be given. Raises CommandError."""
+    if size > MAX_LENGTH:
+        raise CommandError(f"offset({size}) exceeds maximum({MAX_LENGTH})")
 
 
 def _tell_parents(node: BlockNode) -> None:

@@ -26,6 +26,11 @@ def image_info(node: BlockNode, *, chain: bool) -> dict[str, Any]:
     return _image_info(node, node_filename(node), node.image_info(), chain=chain)
 
 
+def _signed(value: int) -> int:
+    """Return what an unsigned number of 64 bits is in a member that the schema has as signed."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def _image_info(node: BlockNode, filename: str, own: dict[str, Any], *, chain: bool) -> dict[str, Any]:
     info: dict[str, Any] = {
         "virtual-size": node.size,
@@ -84,7 +89,7 @@ def device_info(node: BlockNode, *, flat: bool, backend: BlockBackend | None = N
         },
         "detect_zeroes": options.detect_zeroes or "off",
         "backing_file_depth": 0 if flat else backing_depth(node),
-        "write_threshold": node.write_threshold,
+        "write_threshold": _signed(node.write_threshold),
         "image": _image_info(node, filename, own, chain=not flat),
     }
     if node.dirty_bitmaps:

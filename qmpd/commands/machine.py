@@ -80,8 +80,8 @@ async def query_target(ctx: Context) -> dict[str, Any]:
 
 @command("query-iothreads")
 async def query_iothreads(ctx: Context) -> list[dict[str, Any]]:
-    """List the I/O threads, newest first."""
-    return [one.wire_info() for one in reversed(ctx.objects.objects.values()) if isinstance(one, _IoThread)]
+    """List the I/O threads, in the order of QEMU's table of objects."""
+    return [one.wire_info() for one in ctx.objects.hash_order() if isinstance(one, _IoThread)]
 
 
 @command("query-vnc")

@@ -20,7 +20,7 @@ from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.direct import DirectRead
 from qmpd.block.node import BlockNode, Extent
 from qmpd.block.perm import Perm
-from qmpd.errors import CommandError
+from qmpd.errors import CommandError, FileTooLarge
 from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR, align_up
 
@@ -230,7 +230,8 @@ class FileNode(BlockNode):
         try:
             await self.disk.truncate(size, preallocation)
         except OSError as error:
-            raise CommandError(f"Could not resize file: {os.strerror(error.errno or errno.EIO)}") from error
+            kind = FileTooLarge if error.errno == errno.EFBIG else CommandError
+            raise kind(f"Could not resize file: {os.strerror(error.errno or errno.EIO)}") from error
         self.size = align_up(size, SECTOR)
 
     # --- descriptions -----------------------------------------------------------------------------

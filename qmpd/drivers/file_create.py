@@ -17,7 +17,7 @@ from qmpd.aio.disk import open_fd, set_size
 from qmpd.aio.pool import in_disk_thread
 from qmpd.block.graph import Graph
 from qmpd.block.perm import Perm
-from qmpd.errors import CommandError
+from qmpd.errors import CommandError, FileTooLarge
 from qmpd.qapi.registry import creator
 
 _FS_IOC_GETFLAGS = 0x80086601
@@ -76,4 +76,5 @@ def _fill(fd: int, options: FileCreateOptions) -> None:
     try:
         set_size(fd, 0, options.size, options.preallocation)
     except OSError as error:
-        raise CommandError(f"Could not resize file: {os.strerror(error.errno or errno.EIO)}") from error
+        kind = FileTooLarge if error.errno == errno.EFBIG else CommandError
+        raise kind(f"Could not resize file: {os.strerror(error.errno or errno.EIO)}") from error

@@ -6,7 +6,6 @@ QEMU block/crypto.c; texts as the reference.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from qmpd.aio.pool import BufferPool
+from qmpd.block.backend import check_length
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.direct import DirectRead
@@ -348,12 +348,13 @@ class LuksNode(BlockNode):
         if self.binding in ("size", "id"):
             raise CommandError("Cannot resize a payload that the header is bound to: unbind it first")
         if size > (1 << 63) - 1 - self.volume.payload_offset:
-            raise OSError(errno.EFBIG, "The requested file size is too large")
+            raise CommandError("The requested file size is too large")
         if self.volume.payload_length is not None:
             raise CommandError("Cannot resize a LUKS volume whose header gives the payload a fixed size")
         if self.volume.spec.sector_size != SECTOR and size % self.volume.spec.sector_size:
             raise CommandError(f"The new size is not a multiple of the sector size {self.volume.spec.sector_size}")
         lower = size + self.volume.payload_offset
+        check_length(lower)
         await self.file.node.truncate(lower, exact=exact, preallocation=preallocation)
         self._refresh_size()
 

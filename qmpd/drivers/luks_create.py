@@ -6,6 +6,8 @@ attached to the payload afterwards.
 
 from __future__ import annotations
 
+import errno
+import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,9 +17,10 @@ from typing import Any, Protocol
 
 from qmpd.block.backend import BlockBackend
 from qmpd.block.graph import Graph
+from qmpd.block.opening import MAX_LENGTH
 from qmpd.block.perm import Perm
 from qmpd.crypto.secretbytes import SecretBytes
-from qmpd.errors import CommandError
+from qmpd.errors import CommandError, FileTooLarge
 from qmpd.luks import create2
 from qmpd.luks.create import Luks1Options, create_luks1, header_length
 from qmpd.luks.create2 import Luks2Options, create_luks2
@@ -92,6 +95,8 @@ class LuksCreator:
         """
         if options.file is None and options.header is None:
             raise CommandError("Either the parameter 'header' or 'file' must be specified")
+        if options.file is None and options.preallocation != "off":
+            raise CommandError("Parameter 'preallocation' requires 'file' to be specified for formatting LUKS disk")
         if iterations is not None:
             options = replace(options, iterations=iterations)
         if options.version not in (1, 2):
@@ -99,25 +104,25 @@ class LuksCreator:
         if options.uuid is not None and not _is_uuid(options.uuid):
             raise CommandError(f"Parameter 'uuid' expects a UUID, not '{options.uuid}'")
         async with AsyncExitStack() as stack:
-            file = header = None
-            if options.file is not None:
-                file = await stack.enter_async_context(self._backend(options.file))
-            if options.header is not None:
-                header = await stack.enter_async_context(self._backend(options.header))
+            main = options.file if options.header is None else options.header
+            assert main is not None
+            header = await stack.enter_async_context(self._backend(main))
             if options.key_secret is None:
                 raise CommandError("Parameter 'key-secret' is required for cipher")
             passphrase = self._graph.objects.passphrase(options.key_secret)
             stack.callback(passphrase.wipe)
             room, write = _writer(options, passphrase)
-            if header is None:
-                assert file is not None
-                await file.truncate(room + options.size, preallocation=options.preallocation)
-                await write(file, detached=False)
+            if options.header is None:
+                await _make_room(header, room + options.size, options.preallocation)
+                await write(header, detached=False)
                 return
+            payload = None
+            if options.file is not None:
+                payload = await stack.enter_async_context(self._backend(options.file))
             await header.truncate(room)
             await write(header, detached=True)
-            if file is not None:
-                await file.truncate(options.size, preallocation=options.preallocation)
+            if payload is not None:
+                await _size_payload(payload, options)
 
     @asynccontextmanager
     async def _backend(self, reference: Reference) -> AsyncIterator[BlockBackend]:
@@ -128,6 +133,32 @@ class LuksCreator:
                 yield backend
             finally:
                 await backend.remove()
+
+
+async def _make_room(target: BlockBackend, size: int, preallocation: str) -> None:
+    """Give header and payload their room. Raises CommandError, OSError."""
+    if size >= 1 << 63:
+        raise CommandError("The requested file size is too large")
+    if preallocation == "metadata":
+        preallocation = "off"
+    try:
+        await target.truncate(size, preallocation=preallocation)
+    except FileTooLarge as error:
+        raise CommandError("The requested file size is too large") from error
+
+
+async def _size_payload(payload: BlockBackend, options: LuksCreateOptions) -> None:
+    """Give a payload of its own its size; QEMU tells no more than the errno. Raises CommandError, OSError."""
+    if options.size >= 1 << 63:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    if options.size > MAX_LENGTH:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    if options.preallocation == "metadata":
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    try:
+        await payload.truncate(options.size, preallocation=options.preallocation)
+    except FileTooLarge as error:
+        raise CommandError("The requested file size is too large") from error
 
 
 def _writer(options: LuksCreateOptions, passphrase: SecretBytes) -> tuple[int, Writer]:

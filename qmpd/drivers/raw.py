@@ -5,11 +5,11 @@ Options: BlockdevOptionsRaw (qapi/block-drivers.json). Messages: as the referenc
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from qmpd.block.backend import check_length
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.defaults import default_child_perm
@@ -139,6 +139,7 @@ class RawNode(BlockNode):
         if self.window is not None:
             raise CommandError("Cannot resize fixed-size raw disks")
         if size + self.start >= 1 << 63:
-            raise OSError(errno.EINVAL, "Disk size too large for the chosen offset")
+            raise CommandError("Disk size too large for the chosen offset")
+        check_length(size + self.start)
         await self.file.node.truncate(size + self.start, exact=exact, preallocation=preallocation)
         self.size = size

@@ -54,6 +54,10 @@ class BlockExport:
         """Return the standard URI by which clients find the export, None if there is none."""
         return None
 
+    def newest_client(self) -> int:
+        """Return the number of the client that came last, counted over all exports; 0 without clients."""
+        return 0
+
     async def begin_stop(self, *, only_idle: bool) -> bool:
         """Admit no more clients. With `only_idle` do nothing and return False if there are any."""
         raise NotImplementedError

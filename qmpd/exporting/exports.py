@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -109,13 +110,20 @@ class Exports:
         self._in_background(self._stop_hard(export))
 
     async def _stop_hard(self, export: BlockExport) -> None:
+        await self._cut(export)
+        await self._gone(export)
+
+    async def _cut(self, export: BlockExport) -> None:
         export.shutting_down = True
         await export.begin_stop(only_idle=False)
-        await self._end(export)
+        await export.stop()
 
     async def _end(self, export: BlockExport) -> None:
         export.shutting_down = True
         await export.stop()
+        await self._gone(export)
+
+    async def _gone(self, export: BlockExport) -> None:
         await export.backend.remove()
         if self._exports.get(export.id) is export:
             del self._exports[export.id]
@@ -127,16 +135,20 @@ class Exports:
         task.add_done_callback(self._ending.discard)
 
     async def end_all(self, type_name: str | None = None) -> None:
-        """End every export (of one type), newest first, and wait for it."""
-        busy = []
-        for export in list(reversed(self._exports.values())):
-            if export.shutting_down or (type_name is not None and export.type_name != type_name):
-                continue
-            if await export.begin_stop(only_idle=True):
-                await self._end(export)
-            else:
-                busy.append(self._stop_hard(export))
-        await asyncio.gather(*busy)
+        """End every export (of one type) and wait for it.
+
+        Those with clients are gone first, in the order in which their last client came; then the
+        others, newest first.
+        """
+        ending = [
+            one
+            for one in reversed(self._exports.values())
+            if not one.shutting_down and type_name in (None, one.type_name)
+        ]
+        ending.sort(key=lambda one: one.newest_client() or sys.maxsize)
+        await asyncio.gather(*(self._cut(one) for one in ending))
+        for one in ending:
+            await self._gone(one)
         if self._ending:
             await asyncio.gather(*self._ending)
 

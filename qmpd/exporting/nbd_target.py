@@ -7,6 +7,7 @@ A target belongs to the data loop; the monitor reads its fields, and changes it 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +37,9 @@ MAX_STRETCHES = 1024
 
 CONTEXT_ALLOCATION, CONTEXT_DEPTH, CONTEXT_BITMAP = 0, 1, 2
 """Ids of metadata contexts on the wire, the same on every connection; bitmaps count on from theirs."""
+
+
+_ENTRIES = itertools.count(1)
 
 
 class Client(Protocol):
@@ -73,7 +77,8 @@ class NbdTarget:
         self.name, self.description = name, description
         self.read_only, self.writethrough, self.depth = read_only, writethrough, depth
         self.buffers = BufferPool()
-        self.clients: set[Client] = set()
+        self.clients: dict[Client, int] = {}
+        """With the number of each, counted over all targets in the order in which clients came."""
         self.closing = False
         self.known_data = KnownData()
         self._emptied: list[asyncio.Future[None]] = []
@@ -105,12 +110,12 @@ class NbdTarget:
         """Count a client that was told it may use this target; False if the target is going away."""
         if self.closing:
             return False
-        self.clients.add(client)
+        self.clients[client] = next(_ENTRIES)
         return True
 
     def leave(self, client: Client) -> None:
         """The client is gone, and nothing of it is in flight any more."""
-        self.clients.discard(client)
+        self.clients.pop(client, None)
         if not self.clients:
             emptied, self._emptied = self._emptied, []
             for future in emptied:

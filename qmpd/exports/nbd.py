@@ -103,6 +103,10 @@ class NbdExport(BlockExport):
         except CommandError as error:
             raise CommandError(f"Node '{name}' not found") from error
 
+    def newest_client(self) -> int:
+        """Return the number of the connection that was made last, of those that there are."""
+        return max(list(self._target.clients.values()), default=0)
+
     async def begin_stop(self, *, only_idle: bool) -> bool:
         """Let no more clients in, unless there are some and `only_idle` forbids it."""
         return await self.exports.graph.runner.run(self._target.close(only_idle=only_idle))

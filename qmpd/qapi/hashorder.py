@@ -26,15 +26,15 @@ def first_left(names: Sequence[str], known: Sequence[str]) -> str:
     left = [name for name in names if name not in known]
     if len(left) == 1 or len(names) > _MANY:
         return left[0]
-    table = _Table()
+    table = HashTable()
     for name in dict_order(names):
         table.insert(name)
     for name in known:
         table.remove(name)
-    return next(name for name in table.slots if name)
+    return table.names()[0]
 
 
-class _Table:
+class HashTable:
     """An open-addressed glib hash table of strings; a removed entry leaves ""."""
 
     def __init__(self) -> None:
@@ -58,12 +58,18 @@ class _Table:
             index = (index + step) & mask
         return index if tombstone < 0 else tombstone
 
+    def names(self) -> list[str]:
+        """Return what is in the table, in the order of a walk."""
+        return [name for name in self.slots if name]
+
     def insert(self, name: str) -> None:
+        """Put a name in that is not there."""
         self.slots[self._find(name)] = name
         self.count += 1
         self._maybe_resize()
 
     def remove(self, name: str) -> None:
+        """Take a name out, if it is there."""
         index = self._find(name)
         if self.slots[index] == name:
             self.slots[index] = ""

@@ -14,6 +14,7 @@ from typing import Any
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError, device_not_found
 from qmpd.qapi.bind import build
+from qmpd.qapi.hashorder import HashTable
 from qmpd.qapi.registry import ClassEntry, Registry, registry
 from qmpd.qom.object import Container, QomObject
 from qmpd.qom.protocols import SecretSource, TlsCredentials
@@ -35,6 +36,7 @@ class ObjectTree:
         self.root.name = "/"
         self.types = TypeTable(known)
         self._registry = known
+        self._order = HashTable()
         for name in ("objects", "chardevs", "backend"):
             self.root.add_child(name, Container())
 
@@ -56,10 +58,11 @@ class ObjectTree:
         tree again then, and released.
         """
         self.root.children["objects"].add_child(object_id, obj)
+        self._order.insert(object_id)
         try:
             obj.complete(self)
         except BaseException:
-            self.root.children["objects"].remove_child(object_id)
+            self._take_out(object_id)
             obj.delete()
             raise
 
@@ -93,8 +96,16 @@ class ObjectTree:
         if obj is None:
             raise CommandError(f"object '{object_id}' not found")
         obj.check_delete()
-        self.root.children["objects"].remove_child(object_id)
+        self._take_out(object_id)
         obj.delete()
+
+    def _take_out(self, object_id: str) -> None:
+        self.root.children["objects"].remove_child(object_id)
+        self._order.remove(object_id)
+
+    def hash_order(self) -> list[QomObject]:
+        """Return the user's objects in the order in which QEMU's table of them is walked."""
+        return [self.objects[name] for name in self._order.names()]
 
     def close(self) -> None:
         """Release every user's object, newest first: the end of the daemon."""

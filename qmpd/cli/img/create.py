@@ -10,7 +10,7 @@ from qmpd.cli.img import _opts
 from qmpd.cli.img._common import add_objects, common, operands, refuse
 from qmpd.cli.img._creation import MAX_SIZE, Request, img_create, print_help
 from qmpd.cli.subcommand import subcommand
-from qmpd.errors import CommandError, QmpdError
+from qmpd.errors import CommandError, FileTooLarge, QmpdError
 from qmpd.qapi import keyval
 
 
@@ -59,6 +59,10 @@ class Create:
                 if args.backing_format is not None:
                     request.given["backing_fmt"] = args.backing_format
                 await img_create(request, unsafe=args.backing_unsafe, quiet=args.quiet)
+            except FileTooLarge as error:
+                advice = " (try using a larger cluster size)" if args.format == "qcow2" else ""
+                text = f"The image size is too large for file format '{args.format}'{advice}"
+                raise CommandError(f"{filename}: {text}") from error
             except QmpdError as error:
                 raise CommandError(f"{filename}: {error}", hint=error.hint) from error
             except OSError as error:

@@ -345,7 +345,7 @@ async def test_stopping_the_server_ends_handshakes_clients_and_exports(rig: Rig)
 
     waiting = await rig.in_thread(half_open)
     await rig.exports.stop_server()
-    assert rig.deleted() == ["f", "e"]
+    assert rig.deleted() == ["e", "f"]
     for one in (client, waiting):
         with pytest.raises(EOFError):
             await rig.in_thread(lambda one=one: one.receive(1))
