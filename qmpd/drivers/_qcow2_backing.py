@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qmpd.drivers._qcow2_zero import _change, _forget
 from qmpd.errors import CommandError
-from qmpd.formats.qcow2_header import EXT_DATA_FILE, LAZY_REFCOUNTS, MAX_BACKING_NAME, MAX_FORMAT_NAME
+from qmpd.formats.qcow2_header import LAZY_REFCOUNTS, MAX_BACKING_NAME, MAX_FORMAT_NAME
 from qmpd.units import KiB, align_up
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ async def name_data_file(image: Image, name: bytes) -> None:
     """Name another external data file in the header, none if `name` is empty. Raises CommandError, OSError."""
     header = image.header
     before = header.extensions
-    header.extensions = [one for one in before if one[0] != EXT_DATA_FILE]
-    if name:
-        header.extensions.append((EXT_DATA_FILE, name))
+    header.set_data_file(name)
     try:
         data = header.pack()
         await image.flush()

@@ -390,7 +390,7 @@ async def _check_copied(image: Image, result: CheckResult, *, fix: bool) -> None
             place = value & OFFSET_MASK
             if not place or value & COMPRESSED or place % image.cluster_size:
                 continue
-            refcount = await _refcount(image, place)
+            refcount = 1 if image.external else await _refcount(image, place)
             if (refcount == 1) != bool(value & COPIED):
                 result.say(f"{verb} OFLAG_COPIED data cluster: l2_entry={value:x} refcount={refcount}")
                 if fix:

@@ -7,7 +7,7 @@ tables and the data clusters. The header is written last: before it there is no 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpd.block.opening import MAX_LENGTH
 from qmpd.drivers._qcow2_create_crypto import NewEncryption, Target
@@ -29,7 +29,6 @@ from qmpd.formats.qcow2_header import (
     COMPRESSION_TYPES,
     DATA_FILE,
     DATA_FILE_RAW,
-    EXT_DATA_FILE,
     EXTENDED_L2,
     LAZY_REFCOUNTS,
     MAX_BACKING_NAME,
@@ -79,6 +78,19 @@ class _Layout:
 async def create_qcow2(
     file: Target,
     *,
+    encryption: NewEncryption | None = None,
+    data: Child | None = None,
+    **options: Any,
+) -> None:
+    """Make an image on `file`, which is empty or whose contents do not matter; `options` as for `new_image`.
+
+    data   where the guest data will be, None: in the image. Raises CommandError, OSError
+    """
+    await write_new(file, *new_image(**options), encryption=encryption, data=data)
+
+
+def new_image(
+    *,
     size: int,
     cluster_size: int = 64 * KiB,
     version: int = 3,
@@ -89,17 +101,15 @@ async def create_qcow2(
     preallocation: str = "off",
     compression_type: str = "zlib",
     extended_l2: bool = False,
-    encryption: NewEncryption | None = None,
-    data_file: Child | None = None,
-    data_file_name: str = "",
+    data_file: str | None = None,
     data_file_raw: bool = False,
-) -> None:
-    """Make an image of `size` bytes on `file`, which is empty or whose contents do not matter.
+) -> tuple[Header, str]:
+    """Return the header of a new image of `size` bytes, without the places of its tables, and how to preallocate it.
 
     preallocation   off, metadata, falloc, full
-    data_file       where the guest data will be, None: in the image; `data_file_raw`: which then reads as the disk
+    data_file       name of the file with the guest data, None: the image; `data_file_raw`: which then reads as the disk
     The backing file is only named, never opened. Raises CommandError with the reference's text
-    for options that do not go together, OSError.
+    for options that do not go together.
     """
     _check_options(size, cluster_size, version, refcount_bits, lazy_refcounts)
     if data_file_raw and data_file is None:
@@ -140,24 +150,36 @@ async def create_qcow2(
         | (EXTENDED_L2 if extended_l2 else 0)
         | (0 if data_file is None else DATA_FILE),
         autoclear=DATA_FILE_RAW if data_file_raw else 0,
-        extensions=[] if data_file is None else [(EXT_DATA_FILE, data_file_name.encode("utf-8", "surrogateescape"))],
         backing_file=(backing_file or "").encode("utf-8", "surrogateescape"),
         backing_format=(backing_fmt or "").encode("utf-8", "surrogateescape"),
     )
     if len(header.backing_file) > MAX_BACKING_NAME or len(header.backing_format) > MAX_FORMAT_NAME:
         raise CommandError("Backing file name too long")
+    header.set_data_file((data_file or "").encode("utf-8", "surrogateescape"))
+    return header, preallocation
+
+
+async def write_new(
+    file: Target,
+    header: Header,
+    preallocation: str,
+    *,
+    encryption: NewEncryption | None = None,
+    data: Child | None = None,
+) -> None:
+    """Write a new image whose header and preallocation `new_image` gave. Raises CommandError, OSError."""
     if encryption is None:
-        await _write_image(file, header, preallocation, None, data_file)
+        await _write_image(file, header, preallocation, None, data)
         return
     try:
         encryption.prepare(header)
-        await _write_image(file, header, preallocation, encryption, data_file)
+        await _write_image(file, header, preallocation, encryption, data)
     finally:
         encryption.wipe()
 
 
 async def _write_image(
-    file: Target, header: Header, preallocation: str, encryption: NewEncryption | None, data_file: Child | None
+    file: Target, header: Header, preallocation: str, encryption: NewEncryption | None, data: Child | None
 ) -> None:
     cluster_size = header.cluster_size
     length = 0 if encryption is None else encryption.length
@@ -174,10 +196,10 @@ async def _write_image(
     await _write_l1(file, header, layout)
     if encryption is not None:
         await encryption.write(file, layout.first_encryption * cluster_size, cluster_size)
-    if data_file is None:
+    if data is None:
         await _write_data(file, header, layout, preallocation)
     else:
-        await _fill_data_file(data_file, header, preallocation)
+        await _fill_data_file(data, header, preallocation)
     await file.flush()
     await file.pwrite(0, image)
     await file.flush()

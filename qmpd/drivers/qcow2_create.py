@@ -14,8 +14,9 @@ from qmpd.block.backend import BlockBackend
 from qmpd.block.child import Child
 from qmpd.block.filename import node_filename
 from qmpd.block.graph import Graph
+from qmpd.block.node import BlockNode
 from qmpd.block.perm import Perm
-from qmpd.drivers._qcow2_create import create_qcow2
+from qmpd.drivers._qcow2_create import new_image, write_new
 from qmpd.drivers._qcow2_create_crypto import NewEncryption
 from qmpd.qapi.registry import creator
 from qmpd.units import KiB
@@ -56,11 +57,9 @@ class Qcow2Creator:
             encryption = NewEncryption(options.encrypt, self._graph.objects, self._graph.open_flags)
 
         data: Child | None = None
-        name = ""
-
-        async def work(file: Child) -> None:
-            await create_qcow2(
-                file,
+        async with AsyncExitStack() as stack:
+            node = await stack.enter_async_context(self._graph.borrowed(options.file))
+            header, preallocation = new_image(
                 size=options.size,
                 cluster_size=options.cluster_size,
                 version=2 if options.version == "v2" else 3,
@@ -71,23 +70,24 @@ class Qcow2Creator:
                 preallocation=options.preallocation,
                 compression_type=options.compression_type,
                 extended_l2=options.extended_l2,
-                encryption=encryption,
-                data_file=data,
-                data_file_name=name,
+                data_file=None if options.data_file is None else "",
                 data_file_raw=options.data_file_raw,
             )
-
-        async with AsyncExitStack() as stack:
-            file = await self._held(stack, options.file)
+            below: BlockNode | None = None
             if options.data_file is not None:
-                below = await self._held(stack, options.data_file)
-                assert below.node is not None
-                data, name = below.root, node_filename(below.node)
-            await file.visit(work)
+                below = await stack.enter_async_context(self._graph.borrowed(options.data_file))
+                header.set_data_file(node_filename(below).encode("utf-8", "surrogateescape"))
+            target = await self._held(stack, node)
+            if below is not None:
+                data = (await self._held(stack, below)).root
 
-    async def _held(self, stack: AsyncExitStack, reference: str | Mapping[str, Any]) -> BlockBackend:
-        """Return a backend that may write to what `reference` means, for as long as `stack` is open."""
-        node = await stack.enter_async_context(self._graph.borrowed(reference))
+            async def work(file: Child) -> None:
+                await write_new(file, header, preallocation, encryption=encryption, data=data)
+
+            await target.visit(work)
+
+    async def _held(self, stack: AsyncExitStack, node: BlockNode) -> BlockBackend:
+        """Return a backend that may write to `node`, for as long as `stack` is open."""
         backend = BlockBackend(self._graph, lambda: "an unnamed block device", Perm.WRITE | Perm.RESIZE, Perm.ALL)
         stack.push_async_callback(backend.remove)
         backend.insert(node)

@@ -141,6 +141,11 @@ class Header:
         names = [data for kind, data in self.extensions if kind == EXT_DATA_FILE]
         return names[0].split(b"\0", 1)[0] if names and self.incompatible & DATA_FILE else None
 
+    def set_data_file(self, name: bytes) -> None:
+        """Name the external data file; b"" for no name."""
+        kept = [(kind, data) for kind, data in self.extensions if kind != EXT_DATA_FILE]
+        self.extensions = [*kept, (EXT_DATA_FILE, name)] if name else kept
+
     @property
     def cluster_size(self) -> int:
         """Bytes in a cluster."""

@@ -174,17 +174,22 @@ async def open_qcow2(
     file: BlockNode,
     *,
     backing: BlockNode | None = None,
+    data: BlockNode | None = None,
     read_only: bool = False,
     discard: str = "unmap",
     flags: OpenFlags = OpenFlags.NONE,
     **options: Any,
 ) -> Qcow2Node:
-    """Return an open qcow2 node on `file`; `options` are fields of Qcow2Options."""
+    """Return an open qcow2 node on `file`, with `data` as its data file; `options` are fields of Qcow2Options."""
     graph = FakeGraph()
     graph.open_flags = flags
     node = Qcow2Node(cast(Graph, graph), "q", NodeOptions(read_only=read_only, discard=discard), {})
     node.children["file"] = edge(file, parent=node)
     await node.open(Qcow2Options(file=node.children["file"], **options))
+    if data is not None:
+        node.children["data-file"] = edge(data, "data-file", node)
+    if OpenFlags.NO_IO not in flags:
+        node.late_children_attached()
     if node.locked:
         await node.unlock()
     if backing is not None:
@@ -197,13 +202,16 @@ def events_of(node: Qcow2Node) -> list[Event]:
     return cast(FakeGraph, node.graph).seen
 
 
-async def make(**options: Any) -> MemoryNode:
-    """Return a file in memory with a new image; `options` as for `create_qcow2`, `encrypt` as on the wire."""
+async def make(*, data: BlockNode | None = None, **options: Any) -> MemoryNode:
+    """Return a file in memory with a new image; `options` as for `create_qcow2`, `encrypt` as on the wire.
+
+    data   becomes its data file, whose name is among the options
+    """
     file = MemoryNode()
     encrypt = options.pop("encrypt", None)
     if encrypt is not None:
         options["encryption"] = NewEncryption({"key-secret": "s", **encrypt}, Secrets(), OpenFlags.NONE)
-    await create_qcow2(edge(file), **options)
+    await create_qcow2(edge(file), data=None if data is None else edge(data), **options)
     return file
 
 
