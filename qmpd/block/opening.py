@@ -129,7 +129,10 @@ class _Opening:
         values.update(node.children)
         options = build(self.entry.options, values) if self.entry.options is not None else None
         try:
-            await self.graph.runner.run(node.open(options))
+            if node.opens_alone:
+                await node.open(options)
+            else:
+                await self.graph.runner.run(node.open(options))
             self.opened = True
             if node.late_roles and OpenFlags.NO_IO not in self.graph.open_flags:
                 await self._late_children(node)
@@ -192,6 +195,8 @@ async def close_node(graph: Graph, node: BlockNode) -> None:
 
 
 async def _close_quietly(graph: Graph, node: BlockNode) -> None:
+    if type(node).close is BlockNode.close:
+        return
     try:
         await graph.runner.run(node.close())
     except OSError as error:

@@ -35,6 +35,7 @@ class NullNode(BlockNode):
     """Takes every write and forgets it."""
 
     is_protocol = True
+    opens_alone = True
     strong_options = ("size", "latency-ns", "read-zeroes")
 
     async def open(self, options: NullOptions) -> None:

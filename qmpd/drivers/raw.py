@@ -38,6 +38,7 @@ class RawNode(BlockNode):
     """A window onto another node."""
 
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.DATA | ChildRole.PRIMARY}
+    opens_alone = True
     strong_options = ("offset", "size")
 
     async def open(self, options: RawOptions) -> None:
