@@ -34,7 +34,7 @@ async def block_set_io_throttle(ctx: Context, *, options: dict[str, Any]) -> Non
     device, id_ = options.get("device"), options.get("id")
     _, backend = find_drive(ctx.machine, device, id_)
     if backend.node is None:
-        raise CommandError(f"Device '{id_ or device}' has no medium")
+        raise CommandError("Device has no medium")
     limits = _limits(options)
     check(limits)
     rates = [f"{unit}-{what}" for unit in ("bps", "iops") for what in ("total", "read", "write")]

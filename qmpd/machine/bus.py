@@ -146,7 +146,9 @@ class PciBus(Bus):
                 f"in use by {other.type_name},id={other.shown_id}"
             )
         slot, function = address >> 3, address & 7
-        first = self.functions.get(0 if self.upstream_port else slot * 8)
+        # What was asked for counts, as in QEMU: without an address that reads as slot 31.
+        asked = device.values["addr"] >> 3 & 31
+        first = self.functions.get(0 if self.upstream_port else asked * 8)
         if device.hotplugged and first is not None:
             raise CommandError(
                 f"PCI: slot {first.values['addr'] >> 3} function 0 already occupied by {first.type_name}, "

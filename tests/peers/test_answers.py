@@ -148,6 +148,20 @@ def test_io_threads_are_listed_in_the_order_of_the_table_of_objects(tmp_path: Pa
     converse(tmp_path, requests, theirs="qemu-system-x86_64")
 
 
+def test_places_on_the_bus_and_a_drive_without_medium(tmp_path: Path) -> None:
+    """Once slot 31 is taken, QEMU plugs nothing in that does not say where."""
+    plug = [{"addr": "1e"}, {}, {"addr": "1f"}, {}, {"addr": "5"}, {"addr": "5.1"}, {"addr": "1f.1"}]
+    requests: list[Request] = []
+    for at, place in enumerate(plug):
+        requests.append(node("null-co", f"n{at}"))
+        requests.append(("device_add", {"driver": "virtio-blk-pci", "drive": f"n{at}", "id": f"d{at}", **place}))
+    requests.append(("device_add", {"driver": "virtio-scsi-pci", "id": "s", "addr": "6"}))
+    requests.append(("device_add", {"driver": "scsi-cd", "id": "cd", "bus": "s.0"}))
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    requests.append(("block_set_io_throttle", {"id": "cd", **limits}))
+    converse(tmp_path, requests, theirs="qemu-system-x86_64")
+
+
 def ended(folder: Path, name: str, start: list[str], visits: str) -> list[str]:
     """Export a to e, connect to `visits` in this order, stop the server and return who was deleted, in order."""
     folder.mkdir()
