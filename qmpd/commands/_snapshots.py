@@ -24,6 +24,7 @@ async def create_internal(ctx: Context, device: str, name: str) -> None:
         )
     if not name:
         raise CommandError("Name is empty")
+    _check_listed(node)
     if node.find_snapshot(None, name) is not None:
         raise CommandError(f"Snapshot with name '{name}' already exists on device '{device}'")
     clock = time.time_ns() // 1000 * 1000 if ctx.services.machine is None else 0
@@ -43,6 +44,7 @@ async def delete_internal(ctx: Context, device: str, identifier: str | None, nam
     node = _keeper(top)
     if node is None:
         raise CommandError("Failed to get a snapshot list: Operation not supported")
+    _check_listed(node)
     found = node.find_snapshot(identifier, name)
     if found is None:
         shown = ("null" if one is None else one for one in (identifier, name))
@@ -55,6 +57,12 @@ async def delete_internal(ctx: Context, device: str, identifier: str | None, nam
     except OSError as error:
         raise CommandError(f"Failed to delete snapshot: {os.strerror(error.errno or 0)}") from error
     return found
+
+
+def _check_listed(node: BlockNode) -> None:
+    """Refuse a node whose data is in a file of its own: it cannot have internal snapshots. Raises CommandError."""
+    if "data-file" in node.children:
+        raise CommandError("Failed to get a snapshot list: Operation not supported")
 
 
 def root_node(ctx: Context, device: str) -> BlockNode:

@@ -260,7 +260,7 @@ async def _count_l2(image: Image, counts: Counts, result: CheckResult, offset: i
                 )
                 result.corruptions += 1
             if image.external:
-                result.say(f"ERROR compressed cluster {index} with data file, entry={hex0(entry)}")
+                result.say(f"ERROR compressed cluster {index} with data file, entry={hex0(entry & ~COPIED)}")
                 result.corruptions += 1
                 continue
             place, length = compressed_extent(entry, image.cluster_bits)

@@ -35,7 +35,7 @@ from qmpd.formats.qcow2_header import (
     MAX_FORMAT_NAME,
     Header,
 )
-from qmpd.units import KiB, MiB, is_power_of_two
+from qmpd.units import KiB, MiB, align_up, is_power_of_two
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
@@ -316,9 +316,10 @@ async def _write_data(file: Target, header: Header, layout: _Layout, preallocati
 async def _fill_data_file(data: Child, header: Header, preallocation: str) -> None:
     """Give an external data file its size, and its space as far as asked for. Raises OSError, CommandError.
 
+    Clusters that are linked are there as a whole.
     What is in it stays, and shows, if it is to read as the disk does; otherwise it never shows.
     """
-    size = header.size
+    size = header.size if preallocation == "off" else align_up(header.size, header.cluster_size)
     there = min(data.size, size)
     if preallocation != "off" and not header.autoclear & DATA_FILE_RAW and there:
         await data.pwrite_zeroes(0, there)

@@ -206,7 +206,7 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
             runs.append(Run(ClusterType.COMPRESSED, offset, length, entry))
         else:
             host = entry & OFFSET_MASK
-            if external and host and not host & mask and host != offset - within:
+            if external and host != offset - within and not host & mask and (host or entry & (COPIED | ZERO) == COPIED):
                 raise elsewhere(host, offset - within, index)
             if entry & ZERO:
                 if not modern:

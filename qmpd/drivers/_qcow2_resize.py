@@ -74,6 +74,8 @@ async def _grow_data(image: Image, old: int, size: int, preallocation: str, exac
     data = image.data
     if image.raw and preallocation == "off" and image.encryption is None:
         preallocation = "metadata"
+    if preallocation != "off":
+        size = align_up(size, image.cluster_size)
     there = min(data.size, size)
     if preallocation != "off" and old < there:
         await data.pwrite_zeroes(old, there - old)
