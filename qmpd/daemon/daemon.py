@@ -26,13 +26,17 @@ from qmpd.jobs.job import JobManager
 from qmpd.monitor.dispatch import CommandContext, Dispatcher
 from qmpd.monitor.session import greeting_line
 from qmpd.qapi import schema as qapi_schema
-from qmpd.qapi.check import registered
+from qmpd.qapi.check import offered
+from qmpd.qapi.offered import load_rest
 from qmpd.qom.tree import ObjectTree
 
 _log = logging.getLogger("qmpd.daemon")
 
 COMMAND_PATIENCE = 8.0
 """Seconds that a command which runs at the end may still take; libvirt kills what needs more than 10."""
+
+LOADING_PAUSE = 0.005
+"""Seconds between two plug-ins that are loaded while the daemon serves already."""
 
 CLIENT_PATIENCE = 2.0
 """Seconds in which a client has to take its last messages."""
@@ -41,11 +45,11 @@ CLIENT_PATIENCE = 2.0
 class Daemon:
     """Services, monitors and dispatcher of one process, on the running loop.
 
-    Making one raises SchemaError if the code and the schema do not say the same.
+    Making one raises SchemaError if the schema lists what no code declares.
     """
 
     def __init__(self, program: str, schema: qapi_schema.Schema) -> None:
-        registry = registered(schema)
+        registry = offered(schema)
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_log_defect)
         self._ending: asyncio.Future[str] = self._loop.create_future()
@@ -57,7 +61,7 @@ class Daemon:
         graph.validate = lambda tree: check_options(schema, tree)
         jobs = JobManager(events)
         self.services = Services(program, schema, registry, events, objects, graph, None, jobs, self._end)
-        self.monitors = Monitors(self.services.chardevs)
+        self.monitors = Monitors(self.services.chardevs, objects.root.children["chardevs"])
         self.dispatcher = Dispatcher(self.services, LoopClock())
         self.at_end: list[Callable[[], Awaitable[None]]] = []
         """What is to be ended before the graph, last added first."""
@@ -79,10 +83,21 @@ class Daemon:
             self._loop.add_signal_handler(number, self._end, "host-signal")
         self._loop.add_signal_handler(signal.SIGUSR1, self.dump_tasks)
         self.monitors.start(self.dispatcher, greeting_line(version_info()), LoopClock())
+        ready()
+        loading = asyncio.create_task(self._load_rest(), name="load plug-ins")
+        try:
+            await self._ending
+        finally:
+            loading.cancel()
+
+    async def _load_rest(self) -> None:
+        """Import the plug-ins nobody asked for yet, between what clients ask for; then collect garbage again."""
+        for module, error in load_rest(self.services.registry):
+            if error is not None:  # and it fails again where it is asked for
+                _log.error("defect in %s", module, exc_info=error)
+            await asyncio.sleep(LOADING_PAUSE)
         gc.freeze()
         gc.enable()
-        ready()
-        await self._ending
 
     def dump_tasks(self) -> None:
         """Write what is going on to the log."""

@@ -164,7 +164,8 @@ async def _apply_system(daemon: Daemon, start: Start) -> None:
 
     with _Words(""):
         services = daemon.services
-        machine = Machine(services.graph, services.objects, services.events, described.build())
+        parts = services.graph, services.objects, services.events
+        machine = Machine(*parts, described.build(), registry=services.registry)
         services.machine = machine
         daemon.at_end.append(machine.close)
     for members in objects:

@@ -11,7 +11,7 @@ from qmpd.errors import CommandError
 from qmpd.machine.bus import ScsiBus
 from qmpd.machine.disk import DiskDevice
 from qmpd.machine.property_tables import BLOCK, USB_STORAGE, table
-from qmpd.qapi.registry import device, registry
+from qmpd.qapi.registry import device
 
 _PASSED_ON = (
     "logical_block_size", "physical_block_size", "min_io_size", "opt_io_size", "discard_granularity",
@@ -40,7 +40,7 @@ class UsbStorage(DiskDevice):
         await self._make_disk(bus, backend)
 
     async def _make_disk(self, bus: ScsiBus, backend: BlockBackend) -> None:
-        disk = registry.devices["scsi-hd"].cls(self.machine, hotplugged=self.hotplugged)
+        disk = self.machine.registry.devices["scsi-hd"].cls(self.machine, hotplugged=self.hotplugged)
         assert isinstance(disk, DiskDevice)
         bus.add_child("legacy[0]", disk)
         for name in _PASSED_ON:

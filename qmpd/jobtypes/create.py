@@ -14,7 +14,7 @@ from qmpd.context import Context
 from qmpd.errors import CommandError
 from qmpd.jobs.job import Job, JobManager
 from qmpd.qapi.bind import build
-from qmpd.qapi.registry import ClassEntry, command, jobtype, registry
+from qmpd.qapi.registry import ClassEntry, command, jobtype
 
 
 @jobtype("create")
@@ -43,7 +43,7 @@ class CreateJob(Job):
 async def blockdev_create(ctx: Context, *, job_id: str, options: dict[str, Any]) -> None:
     """Start the job that makes an image."""
     name = options["driver"]
-    entry = registry.creators.get(name)
+    entry = ctx.services.registry.creators.get(name)
     if entry is None:
         raise CommandError("Driver does not support blockdev-create")
     members = {key: value for key, value in options.items() if key != "driver"}

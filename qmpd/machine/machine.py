@@ -67,7 +67,7 @@ class Machine(QomObject):
         self.graph, self.objects, self.events = graph, objects, events
         self.ready = False
         self.status = "prelaunch"
-        self._registry = registry
+        self.registry = registry
         self._clock = clock
         self._ran_before = 0.0
         self._running_since: float | None = None
@@ -233,7 +233,7 @@ class Machine(QomObject):
     def _device_class(self, driver: str | None) -> type[Device]:
         if driver is None:
             raise CommandError("Parameter 'driver' is missing")
-        entry = self._registry.devices.get(ALIASES.get(driver, driver))
+        entry = self.registry.devices.get(ALIASES.get(driver, driver))
         if entry is not None:
             cls: type[Device] = entry.cls
             if not cls.user_creatable or (self.ready and not cls.hotpluggable):

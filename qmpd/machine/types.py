@@ -5,6 +5,7 @@ Names and descent are facts of QEMU 10.0.2; the Python classes are cut different
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qmpd.machine.device import Device
@@ -64,6 +65,10 @@ def add_types(types: TypeTable, registry: Registry, machine_type: str) -> None:
     types.add(TypeInfo("device", "object", abstract=True, properties=Device.type_properties()))
     parent = "machine" if machine_type == "none-machine" else "generic-pc-machine"
     types.add(TypeInfo(machine_type, parent, properties=plain))
-    for name, entry in registry.devices.items():
-        cls: type[Device] = entry.cls
-        types.add(TypeInfo(name, _DEVICES.get(name, "device"), properties=cls.type_properties()))
+
+    def devices() -> Iterator[TypeInfo]:
+        for name, entry in registry.devices.items():
+            cls: type[Device] = entry.cls
+            yield TypeInfo(name, _DEVICES.get(name, "device"), properties=cls.type_properties())
+
+    types.add_later(devices)

@@ -1,10 +1,11 @@
-"""Whether the code and the schema say the same, asked at every start and in a test.
+"""Whether the code and the schema say the same: asked at a daemon's start, as it loads plug-ins, and in a test.
 
     qmpd/drivers/my.py: MyOptions.size is required, qapi/block-drivers.json:214 has '*size'
 
 Checked in both directions: commands against handlers and their signatures, the branches of the four
 open unions (drivers, creators, object types, exports) against the classes that serve them and their
-options dataclasses, and the doc comment of every entity. A daemon does not start with a problem.
+options dataclasses, and the doc comment of every entity. A daemon does not start with a name that the
+schema has and the code lacks, and offers nothing that differs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 from qmpd.qapi import hints
@@ -29,6 +30,7 @@ from qmpd.qapi.ir import (
     ObjectType,
     SchemaError,
 )
+from qmpd.qapi.offered import TABLES, Offered, declared, declared_entry
 from qmpd.qapi.registry import ClassEntry, CommandEntry, Registry, discover
 from qmpd.qapi.schema import SYSTEM_ROOT, Schema, load
 from qmpd.qapi.visit import snake_case
@@ -66,6 +68,49 @@ def problems(registry: Registry, *schemas: Schema) -> list[str]:
     found += _jobtype_problems(registry, merged)
     found += _doc_problems(merged)
     return found
+
+
+def offered(schema: Schema) -> Registry:
+    """Return what the program with this root registers, each entry imported and checked when it is looked at.
+
+    Raises SchemaError, one problem a line, if what the schema lists is not declared anywhere. Looking at an
+    entry that does not agree with the schema raises it too. `registered` checks all, in the tests and once
+    a daemon has loaded everything.
+    """
+    modules = declared()
+
+    def check(table: str, entry: Any) -> None:
+        if found := list(_entry_problems(table, entry, schema)):
+            raise SchemaError("\n".join(found))
+
+    found = []
+    names: dict[str, Iterable[str]] = {"commands": schema.commands, "jobtypes": modules["jobtypes"]}
+    names["devices"] = modules["devices"] if "device_add" in schema.commands else ()
+    for name in schema.commands.keys() - modules["commands"].keys():
+        found.append(_no_handler(schema.commands[name]))
+    for union in OPEN_UNIONS:
+        tags = _tag_type(schema, union.union) or frozenset()
+        names[union.table] = tags
+        found += _unserved(modules[union.table].keys(), union, schema)
+    if found:
+        raise SchemaError("\n".join(sorted(found)))
+    tables: dict[str, Any] = {
+        table: Offered(
+            {name: module for name, module in modules[table].items() if name in names[table]},
+            declared_entry(table, check),
+        )
+        for table in TABLES.values()
+    }
+    return Registry(**tables)
+
+
+def _entry_problems(table: str, entry: Any, schema: Schema) -> Iterator[str]:
+    """Return what is wrong with one entry of a program's own."""
+    if table == "commands":
+        yield from _signature_problems(entry, schema.commands[entry.name], schema)
+    for union in OPEN_UNIONS:
+        if union.table == table:
+            yield from _class_problems(entry.name, entry, union, schema.object_type(union.union), schema)
 
 
 def registered(schema: Schema) -> Registry:
@@ -114,13 +159,17 @@ def _file(module: str) -> str:
 def _command_problems(handlers: dict[str, CommandEntry], schema: Schema) -> Iterator[str]:
     for name, command in schema.commands.items():
         if name not in handlers:
-            area = command.module.path.rpartition("/")[2].removesuffix(".json").replace("-", "_")
-            yield f"{command.place}: command '{name}' has no handler, qmpd/commands/{area}.py should have one"
+            yield _no_handler(command)
     for name, entry in handlers.items():
         if (found := schema.commands.get(name)) is None:
             yield f"{_file(entry.handler.__module__)}: handler of '{name}', which no schema has"
         else:
             yield from _signature_problems(entry, found, schema)
+
+
+def _no_handler(command: Command) -> str:
+    area = command.module.path.rpartition("/")[2].removesuffix(".json").replace("-", "_")
+    return f"{command.place}: command '{command.name}' has no handler, qmpd/commands/{area}.py should have one"
 
 
 def _signature_problems(entry: CommandEntry, command: Command, schema: Schema) -> Iterator[str]:
@@ -164,20 +213,38 @@ def _union_problems(table: dict[str, ClassEntry], union: OpenUnion, schema: Sche
         for name, entry in table.items():
             yield f"{_file(entry.cls.__module__)}: {union.decorator} '{name}', but no schema has '{union.union}'"
         return
-    values = _tag_type(schema, union.union) if union.every else found.branches.keys()
-    assert values is not None
-    for name in sorted(values - table.keys()):
-        yield f"{found.member_place(name)}: '{name}' of '{union.union}' is not served, no class has @{union.decorator}"
+    yield from _unserved(table.keys(), union, schema)
+    values = _served_tags(found, union, schema)
     for name, entry in table.items():
-        here = _file(entry.cls.__module__)
         if name not in values:
+            here = _file(entry.cls.__module__)
             yield f"{here}: {union.decorator} '{name}' is no branch of '{union.union}', {found.place}"
             continue
-        branch = found.branches.get(name)
-        if entry.schema != (branch or ""):
-            yield f"{here}: {union.decorator} '{name}' states schema '{entry.schema}', {found.place} has '{branch}'"
-        elif branch is not None and entry.options is not None:
-            yield from _dataclass_problems(entry.options, branch, schema)
+        yield from _class_problems(name, entry, union, found, schema)
+
+
+def _served_tags(found: ObjectType, union: OpenUnion, schema: Schema) -> Set[str]:
+    """Return the values of the union's tag that a class has to serve."""
+    tags = _tag_type(schema, union.union) if union.every else found.branches.keys()
+    assert tags is not None
+    return tags
+
+
+def _unserved(names: Set[str], union: OpenUnion, schema: Schema) -> Iterator[str]:
+    found = schema.types.get(union.union)
+    if isinstance(found, ObjectType):
+        for name in sorted(_served_tags(found, union, schema) - names):
+            place = found.member_place(name)
+            yield f"{place}: '{name}' of '{union.union}' is not served, no class has @{union.decorator}"
+
+
+def _class_problems(name: str, entry: ClassEntry, union: OpenUnion, found: ObjectType, schema: Schema) -> Iterator[str]:
+    branch = found.branches.get(name)
+    if entry.schema != (branch or ""):
+        here = _file(entry.cls.__module__)
+        yield f"{here}: {union.decorator} '{name}' states schema '{entry.schema}', {found.place} has '{branch}'"
+    elif branch is not None and entry.options is not None:
+        yield from _dataclass_problems(entry.options, branch, schema)
 
 
 def _jobtype_problems(registry: Registry, schema: Schema) -> Iterator[str]:

@@ -6,7 +6,7 @@ what the machine adds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +43,15 @@ class TypeTable:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._added: dict[str, TypeInfo] = {}
+        self._later: list[Callable[[], Iterable[TypeInfo]]] = []
 
     def add(self, info: TypeInfo) -> None:
         """Add a type that no class of the registry stands for (machine and device types)."""
         self._added[info.name] = info
+
+    def add_later(self, infos: Callable[[], Iterable[TypeInfo]]) -> None:
+        """Add what `infos` returns once somebody asks about types: to know them may take imports."""
+        self._later.append(infos)
 
     def add_class(self, cls: type[QomObject]) -> None:
         """Add a class and its bases."""
@@ -54,6 +59,10 @@ class TypeTable:
             self._added.setdefault(info.name, info)
 
     def _all(self) -> dict[str, TypeInfo]:
+        while self._later:
+            for info in self._later[0]():
+                self.add(info)
+            del self._later[0]
         table = {info.name: info for info in _INTERFACES}
         classes: Iterable[type[Any]] = (Container, *(entry.cls for entry in self._registry.qom_types.values()))
         for cls in classes:
