@@ -12,21 +12,26 @@ from typing import Any
 from qmpd.aio.clock import Clock
 from qmpd.aio.unix import Listener
 from qmpd.daemon.chardev import Chardev, open_chardev
+from qmpd.daemon.chardev_object import NullChardev, SocketChardev
 from qmpd.daemon.keyval import parse_opts
 from qmpd.errors import CommandError
 from qmpd.monitor.dispatch import Dispatcher
 from qmpd.monitor.session import ClientSession
+from qmpd.qapi.hashorder import HashTable
+from qmpd.qom.object import QomObject
 
 
 class Monitors:
     """All character devices of one daemon, and the monitors on some of them."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        """`rows` is the answer of query-chardev, kept true here."""
+    def __init__(self, rows: list[dict[str, Any]], directory: QomObject) -> None:
+        """`rows` is the answer of query-chardev, kept true here; `directory` is /chardevs."""
         self.chardevs: dict[str, Chardev] = {}
         self.used: list[str] = []
         """Ids of the devices with a monitor."""
         self._rows = rows
+        self._directory = directory
+        self._order = HashTable()
         self._listeners: list[Listener] = []
         self._dispatcher: Dispatcher | None = None
 
@@ -36,6 +41,9 @@ class Monitors:
             chardev.close()
             raise CommandError(f"Duplicate ID '{chardev.id}' for chardev")
         self.chardevs[chardev.id] = chardev
+        self._order.insert(chardev.id)
+        shown = SocketChardev(chardev.address, lambda: self._clients(chardev) > 0) if chardev.address else NullChardev()
+        self._directory.add_child(chardev.id, shown)
         self.refresh()
 
     def open_chardev(self, text: str) -> None:
@@ -55,15 +63,18 @@ class Monitors:
 
     def refresh(self) -> None:
         """Bring the rows of query-chardev up to date."""
-        sessions = self._dispatcher.sessions if self._dispatcher is not None else []
         self._rows[:] = [
             {
                 "frontend-open": chardev.id in self.used,
                 "label": chardev.id,
-                "filename": chardev.filename(sum(session.chardev == chardev.id for session in sessions)),
+                "filename": chardev.filename(self._clients(chardev)),
             }
-            for chardev in reversed(self.chardevs.values())
+            for chardev in (self.chardevs[name] for name in reversed(self._order.names()))
         ]
+
+    def _clients(self, chardev: Chardev) -> int:
+        sessions = self._dispatcher.sessions if self._dispatcher is not None else []
+        return sum(session.chardev == chardev.id for session in sessions)
 
     def start(self, dispatcher: Dispatcher, greeting: bytes, clock: Clock) -> None:
         """Serve clients from now on; those that wait already are served first."""

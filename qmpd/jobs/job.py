@@ -208,9 +208,9 @@ class Job:
 
     def resume(self) -> None:
         """Go on after `pause`. Raises CommandError if the job was not paused."""
-        self.check_verb("resume")
         if not self.user_paused:
             raise CommandError("Can't resume a job that was not paused")
+        self.check_verb("resume")
         self.user_paused = False
         self._resume.set()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ HUGE = (1 << 63) - 1
 LARGEST = (1 << 63) - (1 << 30)
 OURS = {"qemu-storage-daemon": "qmpd-storage-daemon", "qemu-system-x86_64": "qmpd"}
 EXPORT = {"type": "nbd", "node-name": "n"}
-MASKED = ("thread-id", "actual-size", "iters", "master-key-iters", "uuid")
+MASKED = ("filename", "thread-id", "actual-size", "iters", "master-key-iters", "uuid")
 
 Request = tuple[str, dict[str, Any]]
 
@@ -41,13 +42,16 @@ def ask(client: RawClient, name: str, arguments: dict[str, Any]) -> Any:
     while True:
         (job,) = (one for one in client.ok("query-jobs") if one["id"] == arguments["job-id"])
         if job["status"] == "concluded":
-            client.ok("job-dismiss", id=job["id"])
+            if job["id"] != "kept":
+                client.ok("job-dismiss", id=job["id"])
             return job.get("error", "done")
         assert time.monotonic() < deadline, job
         time.sleep(0.02)
 
 
-def converse(folder: Path, requests: list[Request], *, theirs: str = "qemu-storage-daemon") -> None:
+def converse(
+    folder: Path, requests: list[Request], *, theirs: str = "qemu-storage-daemon", args: Sequence[str] = ()
+) -> None:
     """Send the requests to both programs and compare."""
     need(theirs)
     answers = []
@@ -58,7 +62,7 @@ def converse(folder: Path, requests: list[Request], *, theirs: str = "qemu-stora
             (home / file).write_bytes(b"")
             with (home / file).open("r+b") as made:
                 made.truncate(size)
-        with running(home, name="qmpd" if "system" in theirs else name, start=start) as daemon:
+        with running(home, *args, name="qmpd" if "system" in theirs else name, start=start) as daemon:
             client = daemon.client()
             answers.append([ask(client, *request) for request in requests])
     wrong = [
@@ -122,6 +126,28 @@ def test_what_luks_volumes_are_preallocated_with(tmp_path: Path) -> None:
     requests += [luks(2, header="a", size=ALIGNMENT, preallocation="metadata")]
     requests += [luks(30, size=0, preallocation="full"), luks(31, header="a", file="x", size=0, key_secret="t")]
     converse(tmp_path, requests)
+
+
+def test_a_job_that_has_ended_takes_nothing_but_dismissal(tmp_path: Path) -> None:
+    requests = [FILES[0], create(0, "qcow2", file="a", size=MiB), create(1, "qcow2", file="a", size=1)]
+    requests.append(("blockdev-create", {**create(2, "file", filename="a.img", size=0)[1], "job-id": "kept"}))
+    for verb in ("resume", "pause", "resume", "cancel", "complete", "finalize", "dismiss", "resume"):
+        requests.append((f"job-{verb}", {"id": "kept"}))
+    converse(tmp_path, requests)
+
+
+def test_character_devices_have_their_place_in_the_tree(tmp_path: Path) -> None:
+    requests: list[Request] = [("qom-get", {"path": "/chardevs/qmp0", "property": "connected"})]
+    for path in ("/chardevs/qmp0", "/chardevs/zz"):
+        requests.append(("qom-get", {"path": path, "property": "type"}))
+        requests.append(("qom-set", {"path": path, "property": "connected", "value": False}))
+        requests.append(("qom-get", {"path": path, "property": "addr.path"}))
+    requests.append(("qom-list", {"path": "zz"}))
+    nulls = [word for name in ("a", "b", "zz", "mon1", "x9") for word in ("--chardev", f"null,id={name}")]
+    converse(tmp_path, requests, args=nulls)
+    (tmp_path / "system").mkdir()
+    rows: list[Request] = [("query-chardev", {})]
+    converse(tmp_path / "system", rows, theirs="qemu-system-x86_64", args=nulls)
 
 
 def test_the_write_threshold_is_shown_as_a_signed_number(tmp_path: Path) -> None:
