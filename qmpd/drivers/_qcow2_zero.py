@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, check_bitmap, host_of, map_range, subclusters
-from qmpd.drivers._qcow2_write import free_entry, owned_ranges, writable_slice, write_batch
+from qmpd.drivers._qcow2_map import (
+    UNALLOCATED,
+    ZERO_ALLOC,
+    ZERO_PLAIN,
+    check_bitmap,
+    elsewhere,
+    host_of,
+    map_range,
+    subclusters,
+)
+from qmpd.drivers._qcow2_write import free_entry, writable_slice, write_batch
 from qmpd.formats.qcow2 import ALL_ZERO, COMPRESSED, OFFSET_MASK, SUBCLUSTERS, ZERO, hex0
 from qmpd.units import align_down, align_up
 
@@ -22,6 +31,9 @@ if TYPE_CHECKING:
 
 Change = Callable[[int], tuple[int, bool]]
 """Old L2 entry -> new entry, and whether what the old one referred to is given up."""
+
+Kept = list[tuple[int, int]]
+"""Runs of host bytes (start, end) that keep their place, in the order of the guest disk."""
 
 
 async def zero_range(
@@ -158,18 +170,26 @@ async def discard_range(image: Image, offset: int, length: int, backing: Child |
     await _change(image, start, stop, discard, make_tables=covered, pass_on=keep or image.external)
 
 
+def _keep(image: Image, kept: Kept, entry: int) -> None:
+    """Add the cluster of an L2 entry to `kept`."""
+    start = entry & OFFSET_MASK
+    if kept and kept[-1][1] == start:
+        start = kept.pop()[0]
+    kept.append((start, (entry & OFFSET_MASK) + image.cluster_size))
+
+
 def _forget(_entry: int) -> tuple[int, bool]:
     return 0, True
 
 
-async def _discard_kept(image: Image, kept: list[int], reason: str) -> None:
+async def _discard_kept(image: Image, kept: Kept, reason: str) -> None:
     """Pass the discard of clusters that keep their place on to the file, if the options want it.
 
     The guest range is still owned, so nobody writes to them; requests that looked them up before
     may still be on their way, and then the discard, being advice, is left out.
     """
     if reason in image.settings.pass_discard and image.alone:
-        for start, end, _ in owned_ranges(kept, image.cluster_size):
+        for start, end in kept:
             await image.empty_host(start, end - start)
 
 
@@ -193,7 +213,7 @@ async def _change(
     if image.bitmaps_fresh:
         await image.outdate_bitmaps()
     mine = await image.owned.acquire([(start, stop, True)])
-    kept: list[int] = []
+    kept: Kept = []
     try:
         generation = image.enter()
         try:
@@ -223,7 +243,7 @@ def _has_table(image: Image, guest: int) -> bool:
     return index < len(image.l1) and bool(image.l1[index] & OFFSET_MASK)
 
 
-async def _change_slice(image: Image, start: int, stop: int, change: Change, kept: list[int]) -> None:
+async def _change_slice(image: Image, start: int, stop: int, change: Change, kept: Kept) -> None:
     place = await writable_slice(image, start)
     table = place.slice.table
     changed = False
@@ -237,19 +257,23 @@ async def _change_slice(image: Image, start: int, stop: int, change: Change, kep
             changed = changed or bitmap != table[at]
             table[at] = bitmap
             if bitmap and new and new == old:
-                kept.append(new & OFFSET_MASK)
+                _keep(image, kept, new)
         if new == old:
             continue
         if old & image.cluster_size - 1 & OFFSET_MASK and not old & COMPRESSED:
             guest = start + (index - place.index << image.cluster_bits)
             raise Corruption(f"Cannot free unaligned cluster {hex0(old & OFFSET_MASK)} (guest offset: {hex0(guest)})")
+        if image.external and not old & COMPRESSED:
+            guest = start + (index - place.index << image.cluster_bits)
+            if host_of(image, old) not in (-1, guest):
+                raise elsewhere(old & OFFSET_MASK, guest, index)
         table[index] = new
         changed = True
         if given_up:
             free_entry(image, old, "request")
             if image.external and not old & COMPRESSED and host_of(image, old) >= 0:
-                kept.append(old & OFFSET_MASK)
+                _keep(image, kept, old)
         elif old & OFFSET_MASK and new & ZERO:
-            kept.append(old & OFFSET_MASK)
+            _keep(image, kept, old)
     if changed:
         image.l2.mark(place.slice)

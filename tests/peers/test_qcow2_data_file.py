@@ -11,7 +11,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmpd.block.batch import WriteFlags
 from qmpd.cli.main import img_main
 from qmpd.formats.qcow2 import OFFSET_MASK
 from tests.conftest import FULL
@@ -364,6 +365,90 @@ def test_an_existing_image_becomes_the_raw_data_file(tmp_path: Path) -> None:
         qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", "image", "model", folder=tmp_path)
 
 
+@pytest.mark.parametrize("raw", ["off", "on"])
+@pytest.mark.parametrize("maker", ["qemu-img", "qmpd-img"])
+def test_encrypted_data_lies_in_the_data_file(maker: str, raw: str, tmp_path: Path) -> None:
+    need("qemu-img")
+    other = {"qemu-img": "qmpd-img", "qmpd-img": "qemu-img"}[maker]
+    secret = ("--object", "secret,id=s,data=abc123")
+    options = f"data_file=d.raw,data_file_raw={raw},encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    image = "driver=qcow2,file.filename=image,encrypt.key-secret=s"
+    text = Op("write", 0, 1 << 20, 4).data(0, 1 << 20)
+    with within(tmp_path):
+        Path("flat").write_bytes(text)
+        steps = (
+            (maker, "create", "-q", *secret, "-f", "qcow2", "-o", options, "image", "1M"),
+            (
+                maker,
+                "convert",
+                *secret,
+                "-n",
+                "--image-opts",
+                "--target-image-opts",
+                "driver=file,filename=flat",
+                image,
+            ),
+            (other, "check", "-q", *secret, "--image-opts", image),
+            (other, "convert", *secret, "--image-opts", "-O", "raw", image, "out"),
+        )
+        for step in steps:
+            assert call(*step) == (0, "")
+        assert Path("out").read_bytes() == text
+        stored = Path("d.raw").read_bytes()
+        assert len(stored) == len(text)
+        assert not any(text[at : at + 32] in stored for at in range(0, len(text), 4096))
+
+
+def test_a_data_file_may_be_too_short(tmp_path: Path) -> None:
+    """What is not there reads as zeroes, and comes with the first write behind the end."""
+    need("qemu-img", "qemu-io")
+    seen = []
+    for tool in ("qemu-img", "qmpd-img"):
+        with within(tmp_path / tool):
+            assert call("qemu-img", "create", "-q", "-f", "qcow2", "-o", PLAIN, "image", "1M")[0] == 0
+            subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 5 0 1M", "image"], check=True)
+            os.truncate("d.raw", 100_000)
+            assert call(tool, "convert", "-O", "raw", "image", "short")[0] == 0
+            Path("tail").write_bytes(b"\6" * (1 << 20))
+            assert call(tool, "convert", "-n", "-f", "raw", "-O", "qcow2", "tail", "image") == (0, "")
+            seen.append((Path("short").read_bytes(), Path("d.raw").read_bytes(), told("image")))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == (b"\5" * 100_000).ljust(1 << 20, b"\0")
+
+
+def test_an_image_is_not_written_as_its_own_data_file(tmp_path: Path) -> None:
+    need("qemu-img")
+    with within(tmp_path):
+        assert call("qemu-img", "create", "-q", "-f", "qcow2", "-o", PLAIN, "image", "1M")[0] == 0
+        assert call("qmpd-img", "amend", "-q", "-o", "data_file=image", "image") == (0, "")
+        before = Path("image").read_bytes()
+        mine, theirs = (call(tool, "resize", "image", "2M") for tool in ("qmpd-img", "qemu-img"))
+        assert mine == theirs
+        assert mine[0] == 1
+        assert Path("image").read_bytes() == before
+
+
+def test_blockdev_create_names_the_file_of_the_node(tmp_path: Path) -> None:
+    need("qemu-img")
+    text = Op("write", 0, 1 << 20, 4).data(0, 1 << 20)
+    (tmp_path / "d.raw").write_bytes(text)
+    (tmp_path / "image").touch()
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        for name in ("image", "d.raw"):
+            client.ok("blockdev-add", driver="file", filename=str(tmp_path / name), node_name=name)
+        options = {"driver": "qcow2", "file": "image", "data-file": "d.raw", "data-file-raw": True, "size": len(text)}
+        client.ok("blockdev-create", job_id="j", options=options)
+        while client.ok("query-jobs")[0]["status"] != "concluded":
+            client.wait_event("JOB_STATUS_CHANGE")
+        assert "error" not in client.ok("query-jobs")[0]
+    info = json.loads(call("qemu-img", "info", "--output=json", str(tmp_path / "image"))[1])
+    assert info["format-specific"]["data"]["data-file"] == str(tmp_path / "d.raw")
+    qemu_img("check", "-q", "image", folder=tmp_path)
+    qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", "image", "d.raw", folder=tmp_path)
+    assert (tmp_path / "d.raw").read_bytes() == text
+
+
 # --- damage -----------------------------------------------------------------------------------------
 
 DAMAGE = {
@@ -404,6 +489,35 @@ def test_damage_is_found_told_and_mended_as_qemu_does(kind: str, tmp_path: Path)
             if read[0]:
                 assert "Input/output error" in read[1]
         assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("kind", ["elsewhere", "at the start", "first elsewhere"])
+@pytest.mark.parametrize("work", ["read", "write", "zero", "discard"])
+def test_a_misplaced_cluster_is_never_used(kind: str, work: str) -> None:
+    """What belongs to another cluster is neither shown nor changed, and the image is marked."""
+    index, entry = DAMAGE[kind]
+    asyncio.run(_misplaced(index, entry, work))
+
+
+async def _misplaced(index: int, entry: int, work: str) -> None:
+    data = MemoryNode(b"", "data")
+    file = await make(data=data, data_file="d.raw", size=1 << 20, preallocation="metadata")
+    data.content[:] = text = Op("write", 0, 1 << 20, 4).data(0, 1 << 20)
+    (l1,) = struct.unpack_from(">Q", file.content, 40)
+    (l2,) = struct.unpack_from(">Q", file.content, l1)
+    struct.pack_into(">Q", file.content, (l2 & OFFSET_MASK) + 8 * index, entry)
+    node = await open_qcow2(file, data=data)
+    disk, at = edge(node), index << 16
+    works: dict[str, Callable[[], Awaitable[Any]]] = {
+        "read": lambda: disk.pread(at, 512),
+        "write": lambda: disk.pwrite(at, bytes(512)),
+        "zero": lambda: disk.pwrite_zeroes(at, 65536, WriteFlags.MAY_UNMAP),
+        "discard": lambda: disk.pdiscard(at, 65536),
+    }
+    with pytest.raises(OSError, match=r"does not match guest cluster offset|Errno 5"):
+        await works[work]()
+    assert data.content == text
+    assert node.image_info()["format-specific"]["data"]["corrupt"]
 
 
 # --- names that an image may hold -------------------------------------------------------------------
