@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Sequence
 
-from qmpd.cli.subcommand import make_parser
 from qmpd.errors import QmpdError
 
 
@@ -16,7 +14,11 @@ def run(program: str, package: str, description: str, argv: Sequence[str] | None
 
     1 with one line on standard error for what failed, 130 for the interrupt key.
     """
+    import asyncio
+
     from qemu.qmp import QMPError
+
+    from qmpd.cli.subcommand import make_parser
 
     args = make_parser(program, package, description).parse_args(argv)
     try:

@@ -35,9 +35,6 @@ _log = logging.getLogger("qmpd.daemon")
 COMMAND_PATIENCE = 8.0
 """Seconds that a command which runs at the end may still take; libvirt kills what needs more than 10."""
 
-LOADING_PAUSE = 0.005
-"""Seconds between two plug-ins that are loaded while the daemon serves already."""
-
 CLIENT_PATIENCE = 2.0
 """Seconds in which a client has to take its last messages."""
 
@@ -92,10 +89,12 @@ class Daemon:
 
     async def _load_rest(self) -> None:
         """Import the plug-ins nobody asked for yet, between what clients ask for; then collect garbage again."""
-        for module, error in load_rest(self.services.registry):
+        rest = load_rest(self.services.registry)
+        # In a thread, so that nobody waits longer for an answer than until the interpreter changes threads.
+        while (loaded := await asyncio.to_thread(next, rest, None)) is not None:
+            module, error = loaded
             if error is not None:  # and it fails again where it is asked for
                 _log.error("defect in %s", module, exc_info=error)
-            await asyncio.sleep(LOADING_PAUSE)
         gc.freeze()
         gc.enable()
 
