@@ -14,33 +14,28 @@ from qmpd.errors import CommandError
 from qmpd.events import EventBus
 from qmpd.qapi import schema as schemas
 from qmpd.qapi.bind import build
-from qmpd.qapi.registry import discover
+from qmpd.qapi.offered import lazily
 from qmpd.qapi.visit import validate
 from qmpd.qom.tree import ObjectTree
-from qmpd.qom.types import TypeTable
 
 SCHEMA = "storage-daemon.json"
 PROTOCOL_NODE = "image"
-PLUGINS = ("drivers",)
-"""What every run of a tool needs of the plug-ins; objects come with the first one made, the others never."""
+PLUGINS = ("drivers", "objects")
+"""What a tool may need of the plug-ins; each is imported when it is first used."""
 
 
 class Workshop:
     """The graph and the objects of one tool run."""
 
     def __init__(self) -> None:
-        registry = discover(PLUGINS)
+        registry = lazily(PLUGINS)
         self.schema = schemas.load(SCHEMA)
         self.objects = ObjectTree(registry)
-        self._with_objects = False
         self.graph = Graph(self.objects, EventBus(), registry=registry)
         self.graph.validate = lambda tree: check_options(self.schema, tree)
 
     def add_object(self, members: Mapping[str, Any]) -> None:
         """Add an object, its values given as text. Raises ValidationError or CommandError."""
-        if not self._with_objects:
-            self._with_objects = True
-            self.objects.types = TypeTable(discover(("objects",)))
         self.objects.create(validate(self.schema, "ObjectOptions", dict(members), keyval=True))
 
     def member_names(self, union: str, tag: str) -> frozenset[str]:

@@ -8,6 +8,7 @@ meantime, and what a client asks for first does not wait.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,16 @@ def declared_entry(table: str, check: Callable[[str, Any], None]) -> Callable[[s
         return found
 
     return entry
+
+
+@functools.cache
+def lazily(packages: tuple[str, ...]) -> Registry:
+    """Return what the plug-ins of `packages` declare, each imported when it is looked at, and not checked."""
+    modules = declared(packages)
+    tables: dict[str, Any] = {
+        table: Offered(modules[table], declared_entry(table, lambda _, entry: None)) for table in TABLES.values()
+    }
+    return Registry(**tables)
 
 
 def load_rest(offered: Registry) -> Iterator[tuple[str, Exception | None]]:

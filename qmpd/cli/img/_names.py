@@ -21,11 +21,12 @@ from qmpd.block.loose import check_options
 from qmpd.block.node import BlockNode
 from qmpd.block.options import GENERIC_MEMBERS, NodeOptions, OpenFlags
 from qmpd.block.perm import Perm
+from qmpd.cli.image import PLUGINS
 from qmpd.cli.img import _opts
 from qmpd.errors import CommandError, QmpdError
 from qmpd.formats import probe
 from qmpd.qapi import keyval
-from qmpd.qapi.registry import registry
+from qmpd.qapi.offered import lazily
 from qmpd.units import align_up
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def read_json(name: str) -> dict[str, Any]:
 
 def protocol_tree(name: str) -> dict[str, Any]:
     """Return the options of the protocol node that a path, `file:PATH` or a URI means. Raises CommandError."""
-    tree = protocol_names.options_of(registry, name)
+    tree = protocol_names.options_of(lazily(PLUGINS), name)
     if tree["driver"] == "file":
         tree["driver"] = _file_driver(tree["filename"])
     return tree
