@@ -41,10 +41,18 @@ async def read_header(file: Child, *, writable: bool, check: bool = False) -> tu
 
 
 async def open_image(
-    options: Qcow2Options, *, writable: bool, unmap: bool, report: Report, check: bool = False, no_io: bool = False
+    options: Qcow2Options,
+    *,
+    writable: bool,
+    unmap: bool,
+    report: Report,
+    check: bool = False,
+    no_io: bool = False,
+    data_given: bool = False,
 ) -> Image:
     """Return the open image on `options.file`; nothing is written yet.
 
+    data_given  the options name a data file, which is opened later
     writable  guest writes or repairs may follow        unmap  the node passes discards on
     check     it is opened to be checked: what a repair can mend is no error
     no_io     nothing of the guest disk is going to be read: an external data file is then only told of, and
@@ -67,7 +75,9 @@ async def open_image(
     image.encryption = await read_encryption(file, header)
     if image.encryption is not None:
         image.overlaps.protect(*image.encryption.place)
-    if no_io and image.external:
+    if not no_io and not data_given:
+        _check_data_file(header)
+    elif no_io and image.external:
         image.dead = True
     refuse_unbuilt(header)
     qcow2_header.read_backing_name(header, data)
@@ -77,6 +87,15 @@ async def open_image(
     image.snapshots = await read_snapshots(image, tolerant=check)
     await place_inactive(image)
     return image
+
+
+def _check_data_file(header: Header) -> None:
+    """Refuse an image whose data file nobody names, or that has none but says what is in it. Raises CommandError."""
+    if header.incompatible & qcow2_header.DATA_FILE:
+        if header.data_file is None:
+            raise CommandError("'data-file' is required for this image")
+    elif header.version >= 3 and header.autoclear & qcow2_header.DATA_FILE_RAW:
+        raise CommandError("data-file-raw requires a data file")
 
 
 def refuse_unbuilt(header: Header) -> None:

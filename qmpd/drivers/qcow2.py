@@ -83,7 +83,13 @@ class Qcow2Node(BlockNode):
         check = OpenFlags.CHECK in self.graph.open_flags
         no_io = OpenFlags.NO_IO in self.graph.open_flags
         image = await open_image(
-            options, writable=self.writable, unmap=unmap, report=self._report, check=check, no_io=no_io
+            options,
+            writable=self.writable,
+            unmap=unmap,
+            report=self._report,
+            check=check,
+            no_io=no_io,
+            data_given="data-file" in self.given,
         )
         self.image = image
         if image.external:
@@ -114,8 +120,6 @@ class Qcow2Node(BlockNode):
             image.data = child
         elif child is not None:
             raise CommandError("'data-file' can only be set for images with an external data file")
-        elif image.header.version >= 3 and image.header.autoclear & DATA_FILE_RAW:
-            raise CommandError("data-file-raw requires a data file")
 
     def _take_secret(self, options: Qcow2Options) -> None:
         """Look up what opens an encrypted image, unless nothing will be read. Raises CommandError."""
