@@ -47,8 +47,11 @@ CREATE = tuple(
 )
 
 
-@pytest.mark.parametrize("options", CREATE)
-@pytest.mark.parametrize("size", ["1M", "1049088", "0"])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [(options, "1049088") for options in CREATE]
+    + [(options, size) for options in (PLAIN, RAW) for size in ("1M", "0")],
+)
 def test_both_tools_make_the_same(options: str, size: str, tmp_path: Path) -> None:
     need("qemu-img", "qemu-io")
     seen = []
