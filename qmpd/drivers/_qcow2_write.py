@@ -9,6 +9,8 @@ the new clusters replace is freed by the next write of the metadata.
 from __future__ import annotations
 
 import errno
+from array import array
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
@@ -25,6 +27,7 @@ from qmpd.drivers._qcow2_map import (
     subcluster_kind,
     subclusters,
 )
+from qmpd.drivers._qcow2_plan import Piece, Plan
 from qmpd.drivers._qcow2_read import read_backing, read_compressed
 from qmpd.formats.qcow2 import (
     ALL_ALLOCATED,
@@ -49,56 +52,6 @@ ZERO_BY_FILE = 128 * KiB
 _ZEROES = memoryview(bytes(ZERO_BY_FILE))
 
 
-class Piece:
-    """Guest data for a part of one cluster: `start` bytes into it."""
-
-    __slots__ = ("request", "start", "view")
-
-    def __init__(self, request: Request, start: int, view: memoryview) -> None:
-        self.request, self.start, self.view = request, start, view
-
-
-class Plan:
-    """A guest cluster that gets a new host cluster.
-
-    guest     offset of the cluster     pieces  the data, in the order of the batch
-    entry     its L2 entry before       host    offset of the cluster to write, -1: not yet known
-    fresh     `host` was taken for this, not found preallocated nor given by an external data file
-    bitmap    (extended L2) the bitmap before      filled  mask of subclusters that are allocated now
-    """
-
-    __slots__ = ("bitmap", "entry", "failed", "filled", "fresh", "gaps", "guest", "host", "pieces")
-
-    def __init__(self, guest: int) -> None:
-        self.guest = guest
-        self.pieces: list[Piece] = []
-        self.entry = 0
-        self.host = -1
-        self.fresh = False
-        self.bitmap = 0
-        self.filled = 0
-        self.failed = 0
-        self.gaps: list[tuple[int, memoryview]] = []
-
-    def fail(self, error: int) -> None:
-        """Fail the plan and every request that has data in it."""
-        self.failed = self.failed or error
-        for piece in self.pieces:
-            piece.request.fail(error)
-
-    def holes(self, cluster_size: int) -> list[tuple[int, int]]:
-        """Return the parts (start, end) of the cluster that no piece covers."""
-        found = []
-        at = 0
-        for start, end in sorted((piece.start, piece.start + len(piece.view)) for piece in self.pieces):
-            if start > at:
-                found.append((at, start))
-            at = max(at, end)
-        if at < cluster_size:
-            found.append((at, cluster_size))
-        return found
-
-
 async def write_batch(image: Image, batch: Batch, backing: Child | None, size: int) -> None:
     """Write every view of the batch; errors are marked on the requests.
 
@@ -110,13 +63,14 @@ async def write_batch(image: Image, batch: Batch, backing: Child | None, size: i
     try:
         ready = Batch()
         plans: dict[int, Plan] = {}
+        rows = not image.extended and _ascending(batch)
         for request in batch:
             host = plain_host(image, request.offset, len(request.view), COPIED)
             if host >= 0:
                 ready.append(Placed(host, request.offset, request.view, request))
                 continue
             try:
-                await _classify(image, request, request.offset, request.view, ready, plans)
+                await _classify(image, request, request.offset, request.view, ready, plans, rows)
             except Corruption as found:
                 request.fail(await image.fail(found))
             except OSError as error:
@@ -131,10 +85,18 @@ async def write_batch(image: Image, batch: Batch, backing: Child | None, size: i
         await image.write_metadata()
 
 
+def _ascending(batch: Batch) -> bool:
+    """Say whether no request of the batch overlaps another one, as far as a short look can tell."""
+    return len(batch) == 1 or all(one.end <= other.offset for one, other in pairwise(batch))
+
+
 async def _classify(
-    image: Image, request: Request, offset: int, view: memoryview, ready: Batch, plans: dict[int, Plan]
+    image: Image, request: Request, offset: int, view: memoryview, ready: Batch, plans: dict[int, Plan], rows: bool
 ) -> None:
-    """Sort the clusters of `view` into those that can be written in place and those that cannot."""
+    """Sort the clusters of `view` into those that can be written in place and those that cannot.
+
+    rows   plan for several clusters at once: no other request has data in a cluster that this one covers
+    """
     cluster = image.cluster_size
     done = 0
     place: Place | None = None
@@ -173,7 +135,11 @@ async def _classify(
                 raise compressed_outside(place, index)
             plan = plans.get(offset - within)
             if plan is None:
-                plan = plans[offset - within] = Plan(offset - within)
+                count = 1
+                if rows and not entry and length == cluster:
+                    count = _empty_row(image, place, index, min(len(view) - done, table_end - offset))
+                    length = count * cluster
+                plan = plans[offset - within] = Plan(offset - within, count)
             plan.pieces.append(Piece(request, within, view[done : done + length]))
         offset += length
         done += length
@@ -186,6 +152,18 @@ def _allocated(image: Image, place: Place | None, index: int, within: int, lengt
     wanted = subclusters(image, within, length)
     bitmap = place.slice.table[image.bitmaps_at + index]
     return bitmap & wanted == wanted and not bitmap >> SUBCLUSTERS & bitmap
+
+
+def _empty_row(image: Image, place: Place | None, index: int, room: int) -> int:
+    """Return how many clusters from `index` on have an empty L2 entry; at most what fits into `room` bytes."""
+    most = room >> image.cluster_bits
+    if place is None:
+        return most
+    found = 1
+    table = place.slice.table
+    while found < most and not table[index + found]:
+        found += 1
+    return found
 
 
 def _following(place: Place, index: int, entry: int, cluster: int, room: int) -> int:
@@ -259,7 +237,8 @@ def owned_ranges(guests: list[int], cluster_size: int) -> list[tuple[int, int, b
 
 
 async def _allocating(image: Image, ready: Batch, plans: dict[int, Plan], backing: Child | None, size: int) -> None:
-    mine = await image.owned.acquire(owned_ranges(list(plans), image.cluster_size))
+    guests = [plan.guest + number * image.cluster_size for plan in plans.values() for number in range(plan.count)]
+    mine = await image.owned.acquire(owned_ranges(guests, image.cluster_size))
     try:
         todo = await _plan(image, ready, [plans[guest] for guest in sorted(plans)])
         if todo:
@@ -276,10 +255,18 @@ async def _allocating(image: Image, ready: Batch, plans: dict[int, Plan], backin
 async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
     """Look up the clusters again, now that nobody else changes them, and take host clusters."""
     todo: list[Plan] = []
+    queue = plans[::-1]
     async with image.lock:
-        for plan in plans:
+        while queue:
+            plan = queue.pop()
             try:
                 place = await find_slice(image, plan.guest)
+                if plan.count > 1:
+                    if place is None or not any(place.slice.table[place.index : place.index + plan.count]):
+                        todo.append(plan)
+                    else:
+                        queue += (plan.split(1, image.cluster_size), plan)
+                    continue
                 plan.entry = place.slice.table[place.index] if place is not None else 0
                 if image.extended:
                     _look_at_subclusters(image, plan, place)
@@ -300,7 +287,7 @@ async def _plan(image: Image, ready: Batch, plans: list[Plan]) -> list[Plan]:
                 todo.append(plan)
         wanting = [plan for plan in todo if plan.host < 0]
         if wanting:
-            await _take_clusters(image, wanting)
+            todo = [plan for plan in todo if plan.host >= 0] + await _take_clusters(image, wanting)
     return [plan for plan in todo if not plan.failed]
 
 
@@ -347,26 +334,35 @@ def _gaps(image: Image, plan: Plan) -> list[tuple[int, int, ClusterType]]:
     return found
 
 
-async def _take_clusters(image: Image, wanting: list[Plan]) -> None:
+async def _take_clusters(image: Image, wanting: list[Plan]) -> list[Plan]:
+    """Give each plan its host clusters, or fail it; return the plans, rows split where the file has no such room."""
     if image.external:
         for plan in wanting:
-            if plan.guest > OFFSET_MASK or image.dead:
+            if plan.guest + (plan.count - 1) * image.cluster_size > OFFSET_MASK or image.dead:
                 plan.fail(errno.ENOMEDIUM if image.dead else errno.EFBIG)
             plan.host = plan.guest
-        return
+        return wanting
     try:
         if image.dead:
             raise OSError(errno.ENOMEDIUM, "the image is corrupt")
         await image.before_change()
-        runs = await image.refcounts.allocate(len(wanting))
+        runs = await image.refcounts.allocate(sum(plan.count for plan in wanting))
     except OSError as error:
         for plan in wanting:
             plan.fail(error.errno or errno.EIO)
-        return
-    places = (cluster for first, count in runs for cluster in range(first, first + count))
-    for plan, cluster in zip(wanting, places, strict=True):
-        plan.host = cluster << image.cluster_bits
-        plan.fresh = True
+        return wanting
+    placed: list[Plan] = []
+    queue = wanting[::-1]
+    for first, count in runs:
+        while count:
+            plan = queue.pop()
+            if plan.count > count:
+                queue.append(plan.split(count, image.cluster_size))
+            plan.host = first << image.cluster_bits
+            plan.fresh = True
+            placed.append(plan)
+            first, count = first + plan.count, count - plan.count
+    return placed
 
 
 async def _read_around(image: Image, plans: list[Plan], backing: Child | None, size: int) -> None:
@@ -374,6 +370,8 @@ async def _read_around(image: Image, plans: list[Plan], backing: Child | None, s
     stored, below = Batch(), Batch()
     owners: list[tuple[Request, Plan]] = []
     for plan in plans:
+        if plan.count > 1:
+            continue
         unpacked: bytes | None = None
         for start, end, kind in _gaps(image, plan):
             inside = max(min(end, size - plan.guest), start)
@@ -457,7 +455,7 @@ async def give_back(image: Image, plans: list[Plan]) -> None:
     async with image.lock:
         for plan in plans:
             if plan.fresh:
-                await image.refcounts.give_back([(plan.host >> image.cluster_bits, 1)])
+                await image.refcounts.give_back([(plan.host >> image.cluster_bits, plan.count)])
 
 
 async def _link_all(image: Image, plans: list[Plan]) -> None:
@@ -476,12 +474,22 @@ async def _link_all(image: Image, plans: list[Plan]) -> None:
                 plan.fail(error.errno or errno.EIO)
                 lost.append(plan)
             else:
+                if plan.count > 1:
+                    _set_row(image, place, plan.host | COPIED, plan.count)
+                    continue
                 bitmap = plan.bitmap & ~(plan.filled << SUBCLUSTERS) | plan.filled
                 set_entry(image, place, plan.host | COPIED, bitmap)
                 if plan.fresh:
                     free_entry(image, plan.entry, "never")
     if lost and not image.dead:
         await give_back(image, lost)
+
+
+def _set_row(image: Image, place: Place, entry: int, count: int) -> None:
+    """Let `count` L2 entries from `place` on name clusters in a row; the same rule as for `set_entry`."""
+    end = entry + count * image.cluster_size
+    place.slice.table[place.index : place.index + count] = array("Q", range(entry, end, image.cluster_size))
+    image.l2.mark(place.slice)
 
 
 def set_entry(image: Image, place: Place, entry: int, bitmap: int) -> None:

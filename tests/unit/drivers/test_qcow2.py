@@ -376,3 +376,77 @@ async def test_unknown_autoclear_features_are_cleared_by_a_writer_only() -> None
     assert file.content == image
     await (await open_qcow2(file)).close()
     assert struct.unpack_from(">Q", file.content, 88)[0] == 0
+
+
+def pattern(seed: int, clusters: int) -> bytes:
+    """Return data in which every 8 bytes differ."""
+    return b"".join(struct.pack(">II", seed, number) for number in range(clusters * CLUSTER // 8))
+
+
+async def test_a_large_write_fills_the_free_clusters_between_others() -> None:
+    file = await make(size=256 * CLUSTER, cluster_size=CLUSTER)
+    node = await open_qcow2(file)
+    disk = edge(node)
+    first, second = pattern(1, 64), pattern(2, 64)
+    await disk.pwrite(0, first)
+    for cluster in (3, 4, 7, 20, 21, 22, 40):
+        await disk.pdiscard(cluster * CLUSTER, CLUSTER)
+    await disk.flush()
+    size = file.size
+    await disk.pwrite(100 * CLUSTER, second)
+    await disk.flush()
+    assert file.size == size + (64 - 7) * CLUSTER
+    assert bytes(await disk.pread(100 * CLUSTER, 64 * CLUSTER)) == second
+    for cluster in range(64):
+        wanted = bytes(CLUSTER) if cluster in (3, 4, 7, 20, 21, 22, 40) else first[cluster * CLUSTER :][:CLUSTER]
+        assert bytes(await disk.pread(cluster * CLUSTER, CLUSTER)) == wanted
+    await node.close()
+
+
+async def test_a_large_write_meets_clusters_that_another_one_took_meanwhile() -> None:
+    file = await make(size=64 * CLUSTER, cluster_size=CLUSTER)
+    node = await open_qcow2(file)
+    disk = edge(node)
+    one, other = pattern(1, 24), pattern(2, 24)
+    gate = Gate(file)
+    gate.wanted = one[:64]
+    first = asyncio.create_task(disk.pwrite(0, one))
+    await gate.arrived.wait()
+    second = asyncio.create_task(disk.pwrite(20 * CLUSTER, other))
+    await asyncio.sleep(0.01)
+    gate.open.set()
+    await asyncio.gather(first, second)
+    assert bytes(await disk.pread(0, 44 * CLUSTER)) == one[: 20 * CLUSTER] + other
+    await node.close()
+
+
+async def test_requests_of_one_batch_may_cover_each_other() -> None:
+    file = await make(size=64 * CLUSTER, cluster_size=CLUSTER)
+    node = await open_qcow2(file)
+    one, other, last = pattern(1, 8), pattern(2, 4), pattern(3, 8)
+    requests = [Request(2 * CLUSTER + 512, memoryview(other)), Request(16 * CLUSTER, memoryview(last))]
+    for batch in (Batch([Request(0, memoryview(one[: 2 * CLUSTER + 512])), *requests]), Batch(requests[::-1])):
+        await edge(node).pwritev(batch)
+        batch.raise_first()
+        assert bytes(await edge(node).pread(2 * CLUSTER + 512, len(other))) == other
+        assert bytes(await edge(node).pread(16 * CLUSTER, len(last))) == last
+    assert bytes(await edge(node).pread(0, 2 * CLUSTER + 512)) == one[: 2 * CLUSTER + 512]
+    await node.close()
+
+
+async def test_a_large_write_that_fails_takes_no_cluster() -> None:
+    file = await make(size=64 * CLUSTER, cluster_size=CLUSTER)
+    node = await open_qcow2(file)
+    disk = edge(node)
+    await disk.pwrite(0, b"a" * CLUSTER)
+    await disk.flush()
+    size = file.size
+    file.error = lambda kind, offset, length: errno.ENOSPC if kind == "write" and length > CLUSTER else 0
+    with pytest.raises(OSError, match="Errno 28"):
+        await disk.pwrite(CLUSTER, pattern(1, 16))
+    file.error = lambda *_: 0
+    await disk.pwrite(CLUSTER, pattern(2, 16))
+    await disk.flush()
+    assert file.size == size + 16 * CLUSTER
+    assert bytes(await disk.pread(CLUSTER, 16 * CLUSTER)) == pattern(2, 16)
+    await node.close()
