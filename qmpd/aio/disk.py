@@ -16,6 +16,10 @@ from typing import Protocol
 from qmpd.aio.pool import BufferPool, PooledBuffer, in_disk_thread
 from qmpd.units import KiB, MiB, align_down, align_up
 
+INLINE_READ = 512 * KiB
+"""Reads up to this many bytes per batch are tried on the loop first, from the page cache; larger ones go to a thread
+at once, so that the loop has something else to do while their bytes are copied."""
+
 INLINE_WRITE = 1 * MiB
 """Buffered writes up to this many bytes per batch are done on the loop: a copy to the page cache, which
 for a megabyte costs less than two changes of thread."""
@@ -84,7 +88,7 @@ class DiskFile:
         Failed requests are marked with their errno.
         """
         rest: list[tuple[IoRequest, int]] = []
-        if not self.nowait:
+        if not self.nowait or sum(len(request.view) for request in requests) > INLINE_READ:
             rest = [(request, 0) for request in requests]
         else:
             for request in requests:
