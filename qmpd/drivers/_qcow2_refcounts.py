@@ -100,6 +100,26 @@ class Refcounts:
             raise OSError(errno.EIO, "refcount block has no proper place")
         return await self.get(cluster)
 
+    async def count_used(self, end: int, enough: int) -> int:
+        """Return how many clusters before cluster `end` are in use; `enough` or more end the count. Raises OSError."""
+        used = cluster = 0
+        while cluster < end and used < enough:
+            index = cluster >> self.block_bits
+            if index >= len(self.table):
+                break
+            block = self.table[index] & REFCOUNT_TABLE_MASK
+            if not block:
+                cluster = index + 1 << self.block_bits
+                continue
+            if block & self.cluster_size - 1 or block >= self.image.file.size:
+                raise OSError(errno.EIO, "refcount block has no proper place")
+            found = await self._slice(cluster)
+            assert found is not None
+            counts = found.table[: end - cluster]
+            used += len(counts) - counts.count(0)
+            cluster += self.per_slice
+        return used
+
     async def put(self, cluster: int, value: int) -> None:
         """Set the refcount of a cluster whose block exists (repair). Raises OSError."""
         found = await self._slice(cluster)

@@ -32,8 +32,9 @@ from qmpd.drivers._qcow2_bitmaps import (
 from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_compressed import write_compressed
 from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
+from qmpd.drivers._qcow2_holes import looks_preallocated, with_holes
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import map_range, plain_run
+from qmpd.drivers._qcow2_map import Run, map_range, plain_run
 from qmpd.drivers._qcow2_mark import identity, mark
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
 from qmpd.drivers._qcow2_options import Qcow2Options
@@ -75,6 +76,7 @@ class Qcow2Node(BlockNode):
     image: Image
     _passphrase: SecretBytes | None = None
     _ready = False
+    _preallocated: bool | None = None
 
     async def open(self, options: Qcow2Options) -> None:
         """Check and open the image; repair it if it was not closed and is to be written."""
@@ -240,41 +242,52 @@ class Qcow2Node(BlockNode):
             await super().flush()
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
-        """Return what this layer holds; where it holds nothing, whether the backing file could."""
+        """Return what this layer holds; where it holds nothing, whether the backing file could.
+
+        In an image that was preallocated without its data, clusters that are holes in the file are zero.
+        """
         generation = self.image.enter()
         try:
+            if self._preallocated is None:
+                self._preallocated = self.image.encryption is None and await looks_preallocated(self.image)
             runs = await map_range(self.image, offset, length)
+            extents: list[Extent] = []
+            for run in runs:
+                if run.kind is ClusterType.NORMAL and self._preallocated:
+                    extents += await with_holes(self.image, run.offset, run.length, run.host)
+                else:
+                    extents += self._extents(run)
         except Corruption as found:
             raise OSError(await self.image.fail(found), found.text) from found
         finally:
             self.image.leave(generation)
-        backing = self._backing()
-        end = 0 if backing is None else backing.size
-        below = self.image.data.node
-        extents: list[Extent] = []
-        for kind, at, size, place in runs:
-            host = place if place >= 0 and self.image.encryption is None else None
-            if kind is ClusterType.NORMAL:
-                extents.append(Extent(at, size, data=True, zero=False, host=host, file=below))
-            elif kind is ClusterType.COMPRESSED:
-                extents.append(Extent(at, size, data=True, zero=False, compressed=True))
-            elif kind is ClusterType.ZERO_ALLOC:
-                extents.append(Extent(at, size, data=False, zero=True, host=host, file=below))
-            elif kind is ClusterType.ZERO_PLAIN:
-                extents.append(Extent(at, size, data=False, zero=True))
-            else:
-                inside = max(min(size, end - at), 0)
-                if inside:
-                    extents.append(Extent(at, inside, data=False, zero=False, allocated=False))
-                if inside < size:
-                    spot = None if host is None else host + inside
-                    place_in = below if host is not None else None
-                    extents.append(
-                        Extent(
-                            at + inside, size - inside, data=False, zero=True, allocated=False, host=spot, file=place_in
-                        )
-                    )
         return _joined(extents)
+
+    def _extents(self, run: Run) -> list[Extent]:
+        """Return what the tables say of one run: two extents where the backing file ends in it."""
+        kind, at, size, place = run
+        below = self.image.data.node
+        host = place if place >= 0 and self.image.encryption is None else None
+        if kind is ClusterType.NORMAL:
+            return [Extent(at, size, data=True, zero=False, host=host, file=below)]
+        if kind is ClusterType.COMPRESSED:
+            return [Extent(at, size, data=True, zero=False, compressed=True)]
+        if kind is ClusterType.ZERO_ALLOC:
+            return [Extent(at, size, data=False, zero=True, host=host, file=below)]
+        if kind is ClusterType.ZERO_PLAIN:
+            return [Extent(at, size, data=False, zero=True)]
+        backing = self._backing()
+        inside = 0 if backing is None else max(min(size, backing.size - at), 0)
+        found: list[Extent] = []
+        if inside:
+            found.append(Extent(at, inside, data=False, zero=False, allocated=False))
+        if inside < size:
+            spot = None if host is None else host + inside
+            place_in = below if host is not None else None
+            found.append(
+                Extent(at + inside, size - inside, data=False, zero=True, allocated=False, host=spot, file=place_in)
+            )
+        return found
 
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Grow or shrink the guest disk; what is new reads as zeroes."""
