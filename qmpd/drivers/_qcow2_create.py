@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block.opening import MAX_LENGTH
-from qmpd.drivers._qcow2_create_crypto import NewEncryption, Target
 from qmpd.errors import CommandError, FileTooLarge
 from qmpd.formats.qcow2 import (
     ALL_ALLOCATED,
@@ -39,6 +38,7 @@ from qmpd.units import KiB, MiB, align_up, is_power_of_two
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
+    from qmpd.drivers._qcow2_create_crypto import NewEncryption, Target
 
 MIN_EXTENDED_CLUSTER = 16 * KiB
 """Bytes in a cluster of an image with subclusters at least: each has 512."""

@@ -24,7 +24,6 @@ from qmpd.errors import CommandError
 from qmpd.formats import luks1
 from qmpd.formats.qcow2 import ENTRY_SIZE
 from qmpd.formats.qcow2_header import CRYPT_AES, CRYPT_LUKS, EXT_CRYPTO_HEADER, Header
-from qmpd.luks.keys import KeyslotEdit, Passphrase, edit_keyslots
 from qmpd.luks.payload import POOL_CAP, write_encrypted
 from qmpd.luks.volume import HeaderIO, Volume, read_volume
 from qmpd.luks.work import transform
@@ -33,6 +32,7 @@ from qmpd.units import SECTOR, align_up
 if TYPE_CHECKING:
     from qmpd.block.child import Child
     from qmpd.drivers._qcow2_image import Image
+    from qmpd.luks.keys import KeyslotEdit, Passphrase
 
 POINTER = struct.Struct(">QQ")
 """Body of the header extension: offset and length in bytes of the LUKS header."""
@@ -179,6 +179,8 @@ class Encryption:
             raise CommandError("Another job changes the key slots of this volume")
         self._editing = True
         try:
+            from qmpd.luks.keys import edit_keyslots
+
             await edit_keyslots(self.window, edit, passphrase, self.key_secret, detached=False, force=force)
         finally:
             self._editing = False
@@ -259,6 +261,8 @@ async def amend_encryption(
         raise CommandError("Amend can't be used to change the qcow2 encryption format")
     if encryption.method != CRYPT_LUKS:
         raise CommandError("Only LUKS encryption options can be amended for qcow2 with blockdev-amend")
+    from qmpd.luks.keys import KeyslotEdit
+
     edit = KeyslotEdit(**{name.replace("-", "_"): value for name, value in options.items() if name != "format"})
     if not image.writable:
         raise CommandError(f"Could not read encryption header: {os.strerror(errno.EPERM)}")

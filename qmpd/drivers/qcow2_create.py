@@ -17,7 +17,6 @@ from qmpd.block.graph import Graph
 from qmpd.block.node import BlockNode
 from qmpd.block.perm import Perm
 from qmpd.drivers._qcow2_create import new_image, write_new
-from qmpd.drivers._qcow2_create_crypto import NewEncryption
 from qmpd.qapi.registry import creator
 from qmpd.units import KiB
 
@@ -54,6 +53,8 @@ class Qcow2Creator:
 
         encryption = None
         if options.encrypt is not None:
+            from qmpd.drivers._qcow2_create_crypto import NewEncryption
+
             encryption = NewEncryption(options.encrypt, self._graph.objects, self._graph.open_flags)
 
         data: Child | None = None

@@ -8,7 +8,6 @@ of `crypto.kdf`), and costs below the floors are warned of. Rules that are set a
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -177,6 +176,8 @@ def _refusal(what: str, value: int | str, rule: str, limit: Any) -> CommandError
 
 def parse_policy(text: str) -> Policy:
     """Return what an option says: RULE=VALUE,... or the name of a file in TOML. Raises CommandError."""
+    import tomllib  # not for those who have no such file: it costs every start of a tool
+
     if "=" in text.partition("/")[0]:
         return _build(_pairs(text), lambda value: str(value).split(":"))
     try:
