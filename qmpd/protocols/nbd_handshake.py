@@ -151,9 +151,15 @@ class Handshake:
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes of the client. Only while `stage` is OPTIONS."""
         assert self.stage is Stage.OPTIONS
-        self._buffer += self._pass_over(memoryview(data))
+        wanted = self._pass_over(memoryview(data))
+        if self._closed():  # with what was passed over
+            return
+        self._buffer += wanted
         while not self._skip and self._step():
             pass
+
+    def _closed(self) -> bool:
+        return self.stage is Stage.CLOSED
 
     def _pass_over(self, data: memoryview) -> memoryview:
         """Return what follows the option data that nobody wants."""
@@ -236,20 +242,22 @@ class Handshake:
         if number == Option.EXPORT_NAME:
             return self._close(f"Option 0x{number:x} not permitted before TLS")
         text = f"Option 0x{number:x} not permitted before TLS"
-        self._refuse_unread(number, length, OptionReply.ERR_TLS_REQD, text)
-        if number == Option.ABORT:
-            return self._close("")
-        return True
+        return self._refuse_unread(number, length, OptionReply.ERR_TLS_REQD, text, close=number == Option.ABORT)
 
-    def _refuse_unread(self, number: int, length: int, code: OptionReply, text: str) -> bool:
-        """Skip the data of an option, however long, and then answer with an error."""
+    def _refuse_unread(self, number: int, length: int, code: OptionReply, text: str, *, close: bool = False) -> bool:
+        """Skip the data of an option, however long, answer with an error, and `close` if that was the last one."""
+
+        def answer() -> None:
+            self._reply(number, code, text.encode())
+            if close:
+                self._close("")
+
         present = min(length, len(self._buffer) - _OPTION.size)
         del self._buffer[: _OPTION.size + present]
-        self._skip = length - present
-        self._after_skip = lambda: self._reply(number, code, text.encode())
+        self._skip, self._after_skip = length - present, answer
         if not self._skip:
-            self._after_skip()
-        return True
+            answer()
+        return self.stage is Stage.OPTIONS
 
     def _close(self, reason: str) -> bool:
         self.stage, self.reason = Stage.CLOSED, reason

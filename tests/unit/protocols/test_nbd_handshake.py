@@ -10,7 +10,7 @@ import itertools
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmpd.protocols.nbd import ALLOCATION, DEPTH, ExportInfo, Style, TransmissionFlag
@@ -346,6 +346,7 @@ OPTIONS = st.lists(
 )
 
 
+@example([option(wire.ABORT, b"data")], FIXED, [], True)
 @given(OPTIONS, st.sampled_from([FIXED, b"\0\0\0\1", b"\0\0\0\0"]), st.lists(st.integers(0, 400)), st.booleans())
 def test_any_split_of_the_stream_gives_the_same_replies(
     options: list[bytes], flags: bytes, cuts: list[int], tls: bool
