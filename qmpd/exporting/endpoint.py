@@ -1,7 +1,7 @@
 """Endpoints of devices: a socket through which an outsider sees a disk as the guest would.
 
 The machine asks the factory that the guest policy names (`--guest plug=nbd:DIR`) whenever a disk is
-plugged; a plug-in registers itself as the factory. Endpoints are no block exports: they use the
+plugged; a plug-in declares itself as one with `@endpoint(NAME)`. Endpoints are no block exports: they use the
 device's own backend and end with it.
 """
 
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from qmpd.block.backend import BlockBackend
 from qmpd.errors import CommandError
+from qmpd.qapi.registry import Registry
 
 
 class Endpoint(Protocol):
@@ -37,12 +38,9 @@ class EndpointFactory(Protocol):
         """
 
 
-factories: dict[str, EndpointFactory] = {}
-"""Registered factories by the word that the guest policy uses ("nbd")."""
-
-
-def factory(name: str) -> EndpointFactory:
-    """Return the factory `name`. Raises CommandError."""
-    if name not in factories:
+def factory(registry: Registry, name: str) -> EndpointFactory:
+    """Return the factory that the guest policy calls `name` ("nbd"). Raises CommandError."""
+    if name not in registry.endpoints:
         raise CommandError(f"endpoints of type '{name}' are not available")
-    return factories[name]
+    made: EndpointFactory = registry.endpoints[name].cls()
+    return made

@@ -16,14 +16,13 @@ from qmpd.block.dirty_bitmap import DirtyBitmap
 from qmpd.block.node import BlockNode
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
-from qmpd.exporting import endpoint
 from qmpd.exporting.export import BlockExport
 from qmpd.exporting.nbd_server import NbdServer
 from qmpd.exporting.nbd_target import NbdTarget
 from qmpd.exporting.sockets import listen_unix
 from qmpd.protocols.nbd import MAX_STRING
 from qmpd.protocols.nbd_uri import standard_uri
-from qmpd.qapi.registry import export
+from qmpd.qapi.registry import endpoint, export
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +155,7 @@ class NbdEndpoint:
         await self._target.backend.graph.runner.run(work())
 
 
+@endpoint("nbd")
 class NbdEndpoints:
     """The factory behind `--guest plug=nbd:DIR`."""
 
@@ -174,6 +174,3 @@ class NbdEndpoints:
 
         await backend.graph.runner.run(work())
         return NbdEndpoint(server, target, path)
-
-
-endpoint.factories["nbd"] = NbdEndpoints()

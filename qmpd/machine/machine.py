@@ -63,7 +63,7 @@ class Machine(QomObject):
         super().__init__()
         self.options = options or MachineOptions()
         plug = self.options.guest.plug
-        self._endpoints = None if plug is None else (endpoint.factory(plug[0]), plug[1])
+        self._endpoints = None if plug is None else (endpoint.factory(registry, plug[0]), plug[1])
         self.graph, self.objects, self.events = graph, objects, events
         self.ready = False
         self.status = "prelaunch"

@@ -55,6 +55,8 @@ OPEN_UNIONS = (
     OpenUnion("exports", "export", "BlockExportOptions", True),
     OpenUnion("creators", "creator", "BlockdevCreateOptions", False),
 )
+_MACHINE_TABLES = ("devices", "endpoints")
+"""What only a program with a machine has."""
 _INTEGERS = frozenset(name for name, json_type in BUILTIN_JSON_TYPES.items() if json_type == "int")
 _DOCUMENTED = re.compile(r"^# @([^\s:]+):", re.MULTILINE)
 
@@ -85,7 +87,8 @@ def offered(schema: Schema) -> Registry:
 
     found = []
     names: dict[str, Iterable[str]] = {"commands": schema.commands, "jobtypes": modules["jobtypes"]}
-    names["devices"] = modules["devices"] if "device_add" in schema.commands else ()
+    for table in _MACHINE_TABLES:
+        names[table] = modules[table] if "device_add" in schema.commands else ()
     for name in schema.commands.keys() - modules["commands"].keys():
         found.append(_no_handler(schema.commands[name]))
     for union in OPEN_UNIONS:
@@ -135,7 +138,10 @@ def registry_for(registry: Registry, schema: Schema) -> Registry:
     return Registry(
         commands={name: entry for name, entry in registry.commands.items() if name in schema.commands},
         jobtypes=dict(registry.jobtypes),
-        devices=dict(registry.devices) if "device_add" in schema.commands else {},
+        **{
+            table: dict(getattr(registry, table)) if "device_add" in schema.commands else {}
+            for table in _MACHINE_TABLES
+        },
         **{union.table: tags(union.union, getattr(registry, union.table)) for union in OPEN_UNIONS},
     )
 

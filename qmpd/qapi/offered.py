@@ -27,6 +27,7 @@ TABLES = {
     "export": "exports",
     "jobtype": "jobtypes",
     "device": "devices",
+    "endpoint": "endpoints",
 }
 """Decorator of a plug-in -> table of the registry."""
 

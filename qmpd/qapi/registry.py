@@ -30,11 +30,11 @@ class CommandEntry:
 
 @dataclass(frozen=True, slots=True)
 class ClassEntry:
-    """A driver, object type, export type, job type or device: a class behind a schema entry.
+    """A driver, object type, export type, job type, device or kind of endpoint: a class behind a schema entry.
 
     name     the tag on the wire ("qcow2", "secret", "virtio-blk-pci")
     cls      the implementing class
-    schema   the QAPI struct of its options, "" where the schema has none (devices)
+    schema   the QAPI struct of its options, "" where the schema has none (devices, endpoints)
     options  the frozen dataclass those options become
     """
 
@@ -55,6 +55,7 @@ class Registry:
     exports: dict[str, ClassEntry] = field(default_factory=dict)
     jobtypes: dict[str, ClassEntry] = field(default_factory=dict)
     devices: dict[str, ClassEntry] = field(default_factory=dict)
+    endpoints: dict[str, ClassEntry] = field(default_factory=dict)
 
 
 registry = Registry()
@@ -123,6 +124,11 @@ def jobtype(name: str, *, schema: str = "", options: type[Any] | None = None) ->
 def device(name: str) -> Callable[[type[T]], type[T]]:
     """Declare a device model for `device_add`; its properties are checked by the machine core."""
     return _class_decorator(registry.devices, "device", name, "", None)
+
+
+def endpoint(name: str) -> Callable[[type[T]], type[T]]:
+    """Declare what makes endpoints of plugged disks: an `EndpointFactory`, by its word in `--guest plug=`."""
+    return _class_decorator(registry.endpoints, "endpoint", name, "", None)
 
 
 def discover(packages: tuple[str, ...] = PLUGIN_PACKAGES) -> Registry:

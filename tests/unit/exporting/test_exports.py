@@ -19,6 +19,7 @@ from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
 from qmpd.exporting import endpoint
 from qmpd.exporting.sockets import listen
+from qmpd.qapi.registry import registry
 from tests.support import nbd_wire as wire
 from tests.support.nbd_wire import Client
 from tests.unit.exporting.rig import Rig
@@ -195,7 +196,7 @@ async def test_an_endpoint_serves_the_backend_of_a_device(rig: Rig, tmp_path: Pa
         rig.graph, lambda: "block device 'd'", Perm.CONSISTENT_READ | Perm.WRITE, Perm.CONSISTENT_READ
     )
     backend.insert(node)
-    made = await endpoint.factory("nbd").open(
+    made = await endpoint.factory(registry, "nbd").open(
         backend, str(tmp_path), "disk0", read_only=False, description="serial 1, 1 MiB"
     )
     assert made.path == str(tmp_path / "disk0.sock")
@@ -230,7 +231,7 @@ async def test_an_endpoint_serves_the_backend_of_a_device(rig: Rig, tmp_path: Pa
 async def test_an_endpoint_that_cannot_be_made(rig: Rig, tmp_path: Path) -> None:
     backend = BlockBackend(rig.graph, lambda: "block device 'd'", Perm.CONSISTENT_READ, Perm.ALL)
     with pytest.raises(CommandError, match=r"No such file or directory$"):
-        await endpoint.factory("nbd").open(backend, str(tmp_path / "no"), "d", read_only=True, description="")
+        await endpoint.factory(registry, "nbd").open(backend, str(tmp_path / "no"), "d", read_only=True, description="")
     with pytest.raises(CommandError, match=r"^endpoints of type 'nosuch' are not available$"):
-        endpoint.factory("nosuch")
+        endpoint.factory(registry, "nosuch")
     await backend.remove()

@@ -6,7 +6,7 @@ import pytest
 
 from qmpd.block.backend import BlockBackend
 from qmpd.errors import CommandError
-from qmpd.exporting import endpoint
+from qmpd.qapi.registry import ClassEntry, registry
 from tests.unit.machine.bench import Bench
 
 
@@ -37,8 +37,14 @@ class Opened:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    class Only(Recorder):
+        """Whoever asks for one is given the same."""
+
+        def __new__(cls) -> Recorder:  # type: ignore[misc]
+            return made
+
     made = Recorder()
-    monkeypatch.setitem(endpoint.factories, "recorder", made)
+    monkeypatch.setitem(registry.endpoints, "recorder", ClassEntry("recorder", Only, "", None))
     return made
 
 
