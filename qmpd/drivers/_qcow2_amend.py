@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch
 from qmpd.drivers._qcow2_backing import HEADER_ROOM
+from qmpd.drivers._qcow2_bitmaps import remove_bitmap
 from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Image
 from qmpd.drivers._qcow2_map import ZERO_ALLOC, ZERO_PLAIN, map_range
@@ -59,6 +60,7 @@ async def upgrade(image: Image) -> None:
 async def downgrade(image: Image, backing: Child | None, size: int) -> None:
     """Make a version 3 image one of version 2, `size` the bytes of its guest disk.
 
+    What it has no place for, and nothing of the guest's depends on, goes: persistent bitmaps. The caller forgets them.
     Raises CommandError for what version 2 cannot express, OSError.
     """
     header = image.header
@@ -72,8 +74,8 @@ async def downgrade(image: Image, backing: Child | None, size: int) -> None:
     left = header.incompatible & ~DIRTY
     if left:
         raise CommandError(f"Cannot downgrade an image with incompatible features {hex0(left)} set")
-    if image.bitmaps:
-        raise CommandError("Persistent bitmaps prevent downgrade of image")
+    for bitmap in list(image.bitmaps):
+        await remove_bitmap(image, bitmap.name)
     image.settings.lazy_refcounts = False
     async for start, end in _zeroes(image, size):
         if backing is None:

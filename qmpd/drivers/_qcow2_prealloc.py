@@ -26,7 +26,7 @@ async def preallocate(image: Image, start: int, end: int, mode: str) -> None:
 
     mode   metadata: the place may be a hole; falloc: it has its space; full: zeroes are written
     Whether an external data file has its space is for the caller to see to.
-    Raises OSError; what has been given a place keeps it.
+    Raises OSError, CommandError; what has been given a place keeps it.
     """
     span = 1 << image.cluster_bits + image.slice_bits
     at = align_down(start, image.cluster_size)
@@ -85,16 +85,16 @@ async def _zero(image: Image, offset: int, length: int, mode: str) -> None:
             await image.file.pwrite(offset, zeroes[: end - offset])
             offset += _CHUNK
         return
-    if mode == "falloc":
-        await image.file.pwrite_zeroes(offset, length)
-        return
     inside = min(end, image.file.size)
     if offset < inside:
         await image.file.pwrite_zeroes(offset, inside - offset)
     if end > image.file.size:
         try:
-            await image.file.node.truncate(end)
+            await image.file.node.truncate(end, preallocation="falloc" if mode == "falloc" else "off")
         except OSError as error:
             if error.errno != errno.ENOTSUP:
                 raise
-            await image.file.pwrite_zeroes(end - 512, 512)
+            if mode == "falloc":
+                await image.file.pwrite_zeroes(offset, length)
+            else:
+                await image.file.pwrite_zeroes(end - 512, 512)

@@ -38,11 +38,8 @@ async def resize(
         raise CommandError("The new size must be a multiple of 512")
     if header.nb_snapshots and header.version < 3:
         raise CommandError("Can't resize a v2 image which has snapshots")
-    if preallocation != "off":
-        if size < old:
-            raise CommandError("Preallocation can't be used for shrinking an image")
-        if image.encryption is not None:  # the zeroes of the file would not be zeroes for the guest
-            raise CommandError(f"Unsupported preallocation mode '{preallocation}'")
+    if preallocation != "off" and size < old:
+        raise CommandError("Preallocation can't be used for shrinking an image")
     if size < old:
         await _shrink(image, size, old)
     else:

@@ -346,6 +346,7 @@ class Qcow2Node(BlockNode):
         """Make the image one of version 2 or 3; no request uses the node. Raises CommandError, OSError."""
         if version == 2:
             await downgrade(self.image, self._backing(), self.size)
+            self.dirty_bitmaps[:] = [one for one in self.dirty_bitmaps if not one.persistent]
         else:
             await upgrade(self.image)
 
