@@ -23,7 +23,7 @@ help:
 	@echo 'make bench   speed beside QEMU and nbdkit (QUICK=1, ROWS=regex, SECONDS=0.4, ROUNDS=7); writes bench/results'
 	@echo 'make clean   remove what the others made'
 
-$(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard qmpd/crypto/_sectors_build.py)
+$(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard qmpd/*/_*_build.py)
 	@python=$$(tests/support/find-python $(PYTHON)); \
 	echo "Setting up $(VENV) with $$($$python --version)"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
@@ -60,4 +60,4 @@ bench: $(STAMP)
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis qmpd/crypto/_sectors*.so
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis qmpd/*/_*.so

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the optional compiled engine, and the schema inside the wheel."""
+"""What pyproject.toml cannot say: the optional compiled modules, and the schema inside the wheel."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SECTORS = ROOT / "qmpd" / "crypto" / "_sectors_build.py"
 
 
 def extensions() -> list[Extension]:
-    """Return the sector engine, marked optional: where it cannot be compiled the install goes on."""
-    if not SECTORS.exists() or importlib.util.find_spec("cffi") is None:
+    """Return the compiled modules, marked optional: where one cannot be compiled the install goes on."""
+    if importlib.util.find_spec("cffi") is None:
         return []
-    spec = importlib.util.spec_from_file_location("_sectors_build", SECTORS)
+    return [made for source in sorted((ROOT / "qmpd").glob("*/_*_build.py")) if (made := extension(source)) is not None]
+
+
+def extension(source: Path) -> Extension | None:
+    """Return what the cffi source makes."""
+    spec = importlib.util.spec_from_file_location(source.stem, source)
     if spec is None or spec.loader is None:
-        return []
+        return None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # A relative folder keeps the object files below build/, as setuptools demands.
-    extension = module.ffibuilder.distutils_extension(str(Path("build") / "cffi"))
-    extension.optional = True
-    return [extension]
+    made = module.ffibuilder.distutils_extension(str(Path("build") / "cffi" / source.stem))
+    made.optional = True
+    return made
 
 
 class BuildWithSchema(build_py):

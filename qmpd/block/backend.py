@@ -53,6 +53,8 @@ class BlockBackend:
         self.throttle: BackendGroup | None = None
         self.on_error: Callable[[bool, int], None] | None = None
         """Told of each request that a client sees fail (was it a read, its errno), on the data loop."""
+        self.on_resize: Callable[[], None] | None = None
+        """Told on the data loop that the node has another size."""
         self.may_grow = False
         """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
         self._direct: DirectRead | None = None
@@ -396,3 +398,5 @@ def _tell_parents(node: BlockNode) -> None:
             above.child_resized()
             if above.size != before:
                 _tell_parents(above)
+        elif isinstance(above, BlockBackend) and above.on_resize is not None:
+            above.on_resize()

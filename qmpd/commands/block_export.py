@@ -66,7 +66,8 @@ async def nbd_server_stop(ctx: Context) -> None:
 async def block_export_add(ctx: Context, *, options: dict[str, Any]) -> dict[str, Any]:
     """Create an export of any type, and say where it is if that was asked."""
     report = options.get("report-uri", False)
-    export = await ctx.services.exports.add({name: options[name] for name in options if name != "report-uri"})
+    members = {name: options[name] for name in options if name != "report-uri"}
+    export = await ctx.services.exports.add(members, inherited=ctx.session is None)
     uri = export.uri() if report else None
     return {} if uri is None else {"uri": uri}
 

@@ -30,13 +30,14 @@ class BlockExport:
     and reach the data loop through the graph's runner.
 
     shutting_down   its end was asked for, and waits for clients or requests
+    inherited       addresses of its options may name a descriptor of the process by its number
     """
 
     type_name: ClassVar[str] = ""
 
     def __init__(self, exports: Exports, common: CommonOptions, backend: BlockBackend) -> None:
         self.exports, self.common, self.backend = exports, common, backend
-        self.shutting_down = False
+        self.shutting_down = self.inherited = False
 
     @property
     def id(self) -> str:

@@ -63,8 +63,11 @@ class Exports:
             for one in reversed(self._exports.values())
         ]
 
-    async def add(self, members: Mapping[str, Any]) -> BlockExport:
-        """Make an export of validated BlockExportOptions (wire names). Raises CommandError."""
+    async def add(self, members: Mapping[str, Any], *, inherited: bool = False) -> BlockExport:
+        """Make an export of validated BlockExportOptions (wire names). Raises CommandError.
+
+        inherited   `fd` addresses may name a descriptor of the process by its number
+        """
         common = build(CommonOptions, {name: members[name] for name in COMMON_MEMBERS & members.keys() - _NOT_COMMON})
         if not id_well_formed(common.id):
             raise CommandError("Invalid block export id")
@@ -85,6 +88,7 @@ class Exports:
         try:
             backend.insert(node)
             export: BlockExport = entry.cls(self, common, backend)
+            export.inherited = inherited
             options = {name: value for name, value in members.items() if name not in COMMON_MEMBERS}
             assert entry.options is not None
             await export.start(build(entry.options, options))
