@@ -38,6 +38,7 @@ _qmpd_img() {
     "commit:--object") COMPREPLY=(); return ;;
     "commit:-t"|"commit:--cache") COMPREPLY=(); return ;;
     "commit:-b"|"commit:--base") COMPREPLY=( $(compgen -f -- "$current") ); return ;;
+    "commit:-r"|"commit:--rate") COMPREPLY=(); return ;;
     "compare:--object") COMPREPLY=(); return ;;
     "compare:-f"|"compare:--a-format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
     "compare:-F"|"compare:--b-format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
@@ -53,6 +54,7 @@ _qmpd_img() {
     "convert:-F"|"convert:--backing-format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
     "convert:-S"|"convert:--sparse-size") COMPREPLY=(); return ;;
     "convert:-m"|"convert:--parallel") COMPREPLY=(); return ;;
+    "convert:-r"|"convert:--rate") COMPREPLY=(); return ;;
     "create:--object") COMPREPLY=(); return ;;
     "create:-f"|"create:--format") COMPREPLY=( $(compgen -W "luks qcow2 raw" -- "$current") ); return ;;
     "create:-o"|"create:--options") COMPREPLY=(); return ;;
@@ -112,16 +114,16 @@ _qmpd_img() {
     "bench") COMPREPLY=( $(compgen -W "-h --help -q --quiet -f --format --image-opts --object -U --force-share -t --cache -c --count -d --depth -o --offset -s --buffer-size -S --step-size -i --aio -w --write --pattern --flush-interval --no-drain" -- "$current") ) ;;
     "bitmap") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object --add --remove --clear --enable --disable --merge -b --source-file -F --source-format -g --granularity" -- "$current") ) ;;
     "check") COMPREPLY=( $(compgen -W "-h --help -q --quiet -f --format --image-opts --object -U --force-share --output -r --repair -T --cache" -- "$current") ) ;;
-    "commit") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress -f --format --image-opts --object -t --cache -d --drop -b --base" -- "$current") ) ;;
+    "commit") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress -f --format --image-opts --object -t --cache -d --drop -b --base -r --rate" -- "$current") ) ;;
     "compare") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress --object -U --force-share -f --a-format -F --b-format --image-opts -s --strict -T --cache" -- "$current") ) ;;
-    "convert") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress --object -U --force-share -f --source-format --image-opts --source-image-opts -T --source-cache -l --source-snapshot -O --target-format --target-image-opts -o --target-options -t --target-cache -c --compress -B --backing -F --backing-format -n --no-create --target-is-zero -S --sparse-size -m --parallel -W --oob-writes -C --copy-range-offloading --bitmaps --skip-broken-bitmaps" -- "$current") ) ;;
+    "convert") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress --object -U --force-share -f --source-format --image-opts --source-image-opts -T --source-cache -l --source-snapshot -O --target-format --target-image-opts -o --target-options -t --target-cache -c --compress -B --backing -F --backing-format -n --no-create --target-is-zero -S --sparse-size -m --parallel -W --oob-writes -C --copy-range-offloading -r --rate --bitmaps --skip-broken-bitmaps --salvage" -- "$current") ) ;;
     "create") COMPREPLY=( $(compgen -W "-h --help -q --quiet --object -f --format -o --options -b --backing -F --backing-format -u --backing-unsafe --iterations" -- "$current") ) ;;
     "dd") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share -O --output-format -o --options" -- "$current") ) ;;
     "info") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share --output -b --backing-chain" -- "$current") ) ;;
     "luks") COMPREPLY=( $(compgen -W "-h --help -q --quiet --image-opts --object --output -f --format --force -d --key-file --new-key-file --secret --new-secret -S --key-slot --pbkdf --iter-time --iterations --pbkdf-memory --pbkdf-parallel --backup" -- "$current") ) ;;
     "map") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share --output -s --start-offset -l --max-length" -- "$current") ) ;;
     "measure") COMPREPLY=( $(compgen -W "-h --help -f --format --image-opts --object -U --force-share --output -O --target-format -o --options -s --size -l --snapshot" -- "$current") ) ;;
-    "rebase") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress -f --format --image-opts --object -U --force-share -t --cache -b --backing -F --backing-format -T --backing-cache -u --backing-unsafe" -- "$current") ) ;;
+    "rebase") COMPREPLY=( $(compgen -W "-h --help -q --quiet -p --progress -f --format --image-opts --object -U --force-share -t --cache -b --backing -F --backing-format -T --backing-cache -u --backing-unsafe -c --compress" -- "$current") ) ;;
     "resize") COMPREPLY=( $(compgen -W "-h --help -q --quiet -f --format --image-opts --object --shrink --preallocation" -- "$current") ) ;;
     "snapshot") COMPREPLY=( $(compgen -W "-h --help -q --quiet -f --format --image-opts --object -U --force-share -l --list -c --create -a --apply -d --delete" -- "$current") ) ;;
     '') COMPREPLY=( $(compgen -W "--help --version -h amend bench bitmap check commit compare convert create dd info luks map measure rebase resize snapshot" -- "$current") ) ;;

@@ -14,7 +14,14 @@ from qmpd.qapi.visit import validate
 
 
 def undotted(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with dotted names taken apart: `a.b` is member `b` of `a`; of two equal ones the last wins."""
+    """Return the tree with dotted names taken apart: `a.b` is member `b` of `a`; of two equal ones the last wins.
+
+    `a.0`, `a.1` and so on are the elements of a list.
+    """
+    return _listed(_undotted(tree))
+
+
+def _undotted(tree: Mapping[str, Any]) -> dict[str, Any]:
     done: dict[str, Any] = {}
     for name, value in tree.items():
         *path, last = name.split(".")
@@ -25,12 +32,25 @@ def undotted(tree: Mapping[str, Any]) -> dict[str, Any]:
                 below = place[step] = {}
             place = below
         if isinstance(value, Mapping):
-            value = undotted(value)
+            value = _undotted(value)
             before = place.get(last)
             if isinstance(before, dict):
                 value = before | value
         place[last] = value
     return done
+
+
+def listed(value: Any) -> Any:
+    """Return the tree with lists where members are numbered from 0 on."""
+    if not isinstance(value, Mapping):
+        return value
+    if value and all(str(index) in value for index in range(len(value))):
+        return [listed(value[str(index)]) for index in range(len(value))]
+    return {name: listed(one) for name, one in value.items()}
+
+
+def _listed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: listed(one) for name, one in tree.items()}
 
 
 def check_options(schema: Schema, tree: Any, *, keyval: bool = False) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from qmpd.aio import eager
+from qmpd.aio.guest_memory import SharedMapping
 from qmpd.exporting.vhost_memory import GuestMemory
 from qmpd.exporting.vhost_queue import Queue
 from qmpd.exporting.virtio_disk import LARGEST, VirtioDisk
 from qmpd.protocols import vhost_user, virtqueue
-from qmpd.protocols.vhost_user import Message, MessageReader, ProtocolFeature, VhostUserError
+from qmpd.protocols.vhost_inflight import Inflight, region_size
+from qmpd.protocols.vhost_user import InflightArea, Message, MessageReader, ProtocolFeature, VhostUserError
 from qmpd.protocols.vhost_user import Request as Ask
 from qmpd.units import is_power_of_two
 
@@ -31,6 +33,7 @@ PROTOCOL = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
 
@@ -53,6 +56,8 @@ class FrontEnd:
         self._in_flight = 0
         self._starved: set[Queue] = set()
         self._channel: socket.socket | None = None
+        self._notes: tuple[InflightArea, SharedMapping] | None = None
+        self._answer_fd = -1
         self._tasks: set[asyncio.Future[None]] = set()
         self._wakeup: asyncio.Future[None] | None = None
         sock.setblocking(False)
@@ -118,7 +123,7 @@ class FrontEnd:
                 answer = await self._handle(message, fds)
                 _close_all(fds)
                 if answer:
-                    await self._loop.sock_sendall(self._sock, answer)
+                    await self._send(answer)
         except VhostUserError as error:
             log.warning("vhost-user: the front end is let go: %s", error)
         except OSError as error:
@@ -146,6 +151,17 @@ class FrontEnd:
                 _close_all(list(fds))
                 raise VhostUserError(f"a message has more than {vhost_user.MAX_FDS} descriptors")
             return data, list(fds)
+
+    async def _send(self, answer: bytes) -> None:
+        """Send a reply, and the descriptor that goes with it. Raises OSError."""
+        if self._answer_fd >= 0:
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", (self._answer_fd,)))]
+            sent = self._sock.sendmsg([answer], control)  # to a front end that waits: there is room
+            os.close(self._answer_fd)
+            self._answer_fd = -1
+            answer = answer[sent:]
+        if answer:
+            await self._loop.sock_sendall(self._sock, answer)
 
     def _readable(self) -> None:
         self._loop.remove_reader(self._sock)
@@ -178,6 +194,10 @@ class FrontEnd:
         for queue in self.queues.values():
             queue.close()
         self.memory.clear()
+        if self._notes is not None:
+            self._notes[1].close()
+        if self._answer_fd >= 0:
+            os.close(self._answer_fd)
         if self._channel is not None:
             self._channel.close()
         self._sock.close()
@@ -292,6 +312,63 @@ class FrontEnd:
             queue.enabled = enabled
             self._loop.call_soon(queue.take)
 
+    # notes of what is under way
+
+    async def _get_inflight_fd(self, message: Message, _fds: list[int]) -> bytes:
+        """Make memory for notes; the front end gives it back at once, and to whoever serves it next."""
+        wanted = vhost_user.inflight_area(message)
+        self._check_area(wanted)
+        area = wanted._replace(size=wanted.queues * region_size(wanted.num), offset=0)
+        fd = os.memfd_create("qmpd-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, area.size)
+        if self._answer_fd >= 0:
+            os.close(self._answer_fd)
+        self._answer_fd = fd
+        return vhost_user.reply_inflight(message.number, area)
+
+    async def _set_inflight_fd(self, message: Message, fds: list[int]) -> None:
+        area = vhost_user.inflight_area(message)
+        self._check_area(area)
+        needed = area.queues * region_size(area.num)
+        if area.size < needed:
+            raise VhostUserError(
+                f"an area of {area.size} bytes for {area.queues} queues of {area.num}: it takes {needed}"
+            )
+        fd = _one(fds)
+        try:
+            mapping = SharedMapping(fd, area.offset, needed)
+        except (OSError, ValueError, OverflowError) as error:
+            raise VhostUserError(f"the area of {area.size} bytes for what is under way cannot be mapped") from error
+        finally:
+            os.close(fd)
+        rings = await self._suspend()
+        if self._notes is not None:
+            self._notes[1].close()
+        self._notes = (area, mapping)
+        self._resume(rings)
+
+    def _check_area(self, area: InflightArea) -> None:
+        """Refuse notes of more, or of larger rings, than there can be. Raises VhostUserError."""
+        if not area.queues or area.queues > self.disk.queues:
+            raise VhostUserError(f"notes of {area.queues} queues; there are {self.disk.queues}")
+        if not area.num or area.num > virtqueue.MAX_SIZE:
+            raise VhostUserError(f"notes of queues of {area.num}; the limit is {virtqueue.MAX_SIZE}")
+
+    def inflight(self, index: int, num: int) -> Inflight | None:
+        """(Host) Return the notes of a ring, None if there are none. Raises VhostUserError."""
+        if self._notes is None or not self._agreed & ProtocolFeature.INFLIGHT_SHMFD:
+            return None
+        area, mapping = self._notes
+        if index >= area.queues or num > area.num:
+            raise VhostUserError(f"queue {index} of {num} descriptors has no place among {area.queues} of {area.num}")
+        start = index * region_size(area.num)
+        return Inflight(mapping.view[start : start + region_size(area.num)], area.num)
+
+    @property
+    def shrunk(self) -> bool:
+        """(Host) Whether a file that is shared has lost something that was used."""
+        return self.memory.shrunk or (self._notes is not None and self._notes[1].shrunk)
+
     # rings
 
     async def _set_vring_num(self, message: Message, _fds: list[int]) -> None:
@@ -312,7 +389,11 @@ class FrontEnd:
         queue = self._queue(addresses.queue)
         queue.addresses = addresses
         if queue.ring is not None:
-            queue.place()
+            enabled = queue.enabled
+            await queue.stop(keep_kick=True)
+            queue.start()
+            queue.enabled = enabled
+            queue.take()
 
     async def _set_vring_kick(self, message: Message, fds: list[int]) -> None:
         queue, fd = self._event(message, fds)
@@ -381,6 +462,8 @@ _HANDLERS: dict[int, Handler] = {
     Ask.SET_BACKEND_REQ_FD: FrontEnd._set_backend_req_fd,
     Ask.GET_CONFIG: FrontEnd._get_config,
     Ask.SET_CONFIG: FrontEnd._set_config,
+    Ask.GET_INFLIGHT_FD: FrontEnd._get_inflight_fd,
+    Ask.SET_INFLIGHT_FD: FrontEnd._set_inflight_fd,
     Ask.GET_MAX_MEM_SLOTS: FrontEnd._get_max_mem_slots,
     Ask.ADD_MEM_REG: FrontEnd._add_mem_reg,
     Ask.REM_MEM_REG: FrontEnd._rem_mem_reg,

@@ -14,6 +14,7 @@ from qmpd.aio import guest_memory
 from qmpd.exporting.vhost_memory import GuestMemory
 from qmpd.exporting.virtio_disk import LARGEST, VirtioDisk, VirtioRequest
 from qmpd.protocols import virtqueue
+from qmpd.protocols.vhost_inflight import Inflight
 from qmpd.protocols.vhost_user import RingAddresses, VhostUserError
 from qmpd.protocols.virtio_blk import Feature
 from qmpd.protocols.virtqueue import Chain, RingError, SplitRing
@@ -32,6 +33,13 @@ class Host(Protocol):
     memory: GuestMemory
     disk: VirtioDisk
     features: int
+
+    def inflight(self, index: int, num: int) -> Inflight | None:
+        """Return the notes of a ring, None if there are none. Raises VhostUserError."""
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether a file that is shared has lost something that was used."""
 
     def admit(self, queue: Queue) -> bool:
         """Say whether there is room for one more request; if not, `queue.take` is called when there is."""
@@ -76,15 +84,6 @@ class Queue:
 
     def start(self) -> None:
         """(With a kick descriptor) Use the ring from now on. Raises VhostUserError."""
-        self.place()
-        asyncio.get_running_loop().add_reader(self.kick, self._kicked)
-
-    def place(self) -> None:
-        """Find the parts of the ring in memory as it is now. Raises VhostUserError."""
-        if self.ring is not None:
-            self.base = self.ring.next
-            self.ring.release()
-            self.ring = None
         if self.addresses is None or not self.num:
             raise VhostUserError(f"queue {self.index} is started without an address or a size")
         where = (self.addresses.descriptors, self.addresses.available, self.addresses.used)
@@ -103,7 +102,9 @@ class Queue:
             event_idx=bool(self._front.features & Feature.EVENT_IDX),
             indirect=bool(self._front.features & Feature.INDIRECT_DESC),
             fence=guest_memory.fence(),
+            inflight=self._front.inflight(self.index, self.num),
         )
+        asyncio.get_running_loop().add_reader(self.kick, self._kicked)
 
     async def stop(self, *, keep_kick: bool = False) -> None:
         """Take no more requests, wait for those that were taken, and forget the ring."""
@@ -149,7 +150,7 @@ class Queue:
             more = False
         finally:
             self._taking = False
-        if self._front.memory.shrunk:
+        if self._front.shrunk:
             self._front.fail("memory that it shares is gone")
         elif more:
             asyncio.get_running_loop().call_soon(self.take)

@@ -40,6 +40,8 @@ _STATE = struct.Struct("<II")
 _ADDRESS = struct.Struct("<IIQQQQ")
 _REGION = struct.Struct("<QQQQ")
 _CONFIG = struct.Struct("<III")
+_INFLIGHT = struct.Struct("<QQHH")
+_INFLIGHT_PADDED = 24  # QEMU sends and expects its own structure, which is longer than the document's
 
 
 class VhostUserError(QmpdError):
@@ -68,6 +70,8 @@ class Request(enum.IntEnum):
     SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
     REM_MEM_REG = 38
@@ -80,6 +84,7 @@ ANSWERED = frozenset(
         Request.GET_PROTOCOL_FEATURES,
         Request.GET_QUEUE_NUM,
         Request.GET_CONFIG,
+        Request.GET_INFLIGHT_FD,
         Request.GET_MAX_MEM_SLOTS,
     )
 )
@@ -99,6 +104,7 @@ class ProtocolFeature(enum.IntFlag):
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     CONFIGURE_MEM_SLOTS = 1 << 15
 
 
@@ -136,6 +142,15 @@ class RingAddresses(NamedTuple):
     descriptors: int
     used: int
     available: int
+
+
+class InflightArea(NamedTuple):
+    """Memory for notes of what is under way: bytes, and for how many rings of how many descriptors."""
+
+    size: int
+    offset: int
+    queues: int
+    num: int
 
 
 class MessageReader:
@@ -251,3 +266,18 @@ def config_part(message: Message) -> tuple[int, int, bytes]:
 def reply_config(number: int, offset: int, contents: bytes) -> bytes:
     """Return the reply to GET_CONFIG."""
     return reply(number, _CONFIG.pack(offset, len(contents), 0) + contents)
+
+
+def inflight_area(message: Message) -> InflightArea:
+    """Return the payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD. Raises VhostUserError."""
+    if len(message.payload) not in (_INFLIGHT.size, _INFLIGHT_PADDED):
+        raise VhostUserError(f"message {message.number} has a payload of {len(message.payload)} bytes")
+    area = InflightArea(*_INFLIGHT.unpack_from(message.payload))
+    if area.offset + area.size > 1 << 63:
+        raise VhostUserError(f"an area of {area.size} bytes at {area.offset} is none")
+    return area
+
+
+def reply_inflight(number: int, area: InflightArea) -> bytes:
+    """Return the reply to GET_INFLIGHT_FD, which goes with a descriptor."""
+    return reply(number, _INFLIGHT.pack(*area).ljust(_INFLIGHT_PADDED, b"\0"))

@@ -7,10 +7,12 @@ at any time: whatever is believed is read once, checked, and not read again.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from qmpd.errors import QmpdError
+from qmpd.protocols.vhost_inflight import Inflight
 
 MAX_SIZE = 1024
 """Descriptors of a ring, and of one chain: what QEMU's devices go to."""
@@ -57,6 +59,7 @@ class SplitRing:
     base        index of the first chain to take
     event_idx, indirect            whether these features were agreed on
     fence       keeps later loads from passing earlier stores
+    inflight    notes what is under way; the chains that it knows of are taken first, and `base` is not believed
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class SplitRing:
         event_idx: bool,
         indirect: bool,
         fence: Callable[[], object],
+        inflight: Inflight | None = None,
     ) -> None:
         self._memory, self._num = memory, num
         self._descriptors, self._used = descriptors, used
@@ -79,6 +83,11 @@ class SplitRing:
         self.next = base
         """Index of the next chain to take, free-running, 16 bits."""
         self._used_index = self._used16[1]
+        self._inflight = inflight
+        self._again: deque[int] = deque()
+        if inflight is not None:
+            self._again.extend(inflight.resume(self._used_index))
+            self.next = (self._used_index + len(self._again)) & 0xFFFF
         self._told = -1
         """Used index at the last notification; -1 before the first."""
 
@@ -86,6 +95,8 @@ class SplitRing:
         """Give up the views; the ring is of no use afterwards."""
         for view in (self._available16, self._used16, self._descriptors, self._used):
             view.release()
+        if self._inflight is not None:
+            self._inflight.release()
 
     # --- what the driver offers ---------------------------------------------------------------------
 
@@ -94,6 +105,8 @@ class SplitRing:
 
         After None a kick comes for the next one.
         """
+        if self._again:
+            return self._begin(self._again.popleft())
         waiting = (self._available16[1] - self.next) & 0xFFFF
         if not waiting and self._event_idx:
             self._used16[2 + 4 * self._num] = self.next  # avail_event
@@ -104,11 +117,16 @@ class SplitRing:
         if waiting > self._num:
             raise RingError(f"{waiting} chains are available in a ring of {self._num}")
         self._fence()
-        head = self._available16[2 + self.next % self._num]
+        chain = self._begin(self._available16[2 + self.next % self._num])
+        self.next = (self.next + 1) & 0xFFFF
+        return chain
+
+    def _begin(self, head: int) -> Chain:
         if head >= self._num:
             raise RingError(f"a chain begins with descriptor {head} of {self._num}")
         chain = self._chain(head)
-        self.next = (self.next + 1) & 0xFFFF
+        if self._inflight is not None:
+            self._inflight.taken(head)
         return chain
 
     def _chain(self, head: int) -> Chain:
@@ -154,8 +172,13 @@ class SplitRing:
         """Give a chain back; `written` bytes of its buffers were written."""
         _USED.pack_into(self._used, 4 + 8 * (self._used_index % self._num), head, written)
         self._used_index = (self._used_index + 1) & 0xFFFF
+        if self._inflight is not None:
+            self._inflight.giving(head)
         self._fence()
         self._used16[1] = self._used_index
+        if self._inflight is not None:
+            self._fence()
+            self._inflight.given(head, self._used_index)
 
     def must_notify(self) -> bool:
         """Say whether the driver wants to be told of what was pushed since it was told last."""

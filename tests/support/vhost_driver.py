@@ -21,12 +21,13 @@ GUEST, USER = 0x10000, 0x7F0000000000
 (GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE) = (1, 2, 3, 4, 5)
 (SET_NUM, SET_ADDR, SET_BASE, GET_BASE, SET_KICK, SET_CALL, SET_ERR) = range(8, 15)
 (GET_PROTOCOL, SET_PROTOCOL, GET_QUEUES, SET_ENABLE, SET_CHANNEL) = (15, 16, 17, 18, 21)
+GET_INFLIGHT, SET_INFLIGHT = 31, 32
 (GET_CONFIG, SET_CONFIG, GET_SLOTS, ADD_MEM, REM_MEM) = (24, 25, 36, 37, 38)
 IN, OUT, FLUSH, GET_ID, DISCARD, ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 NEXT, WRITE, INDIRECT = 1, 2, 4
 EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1 = 1 << 29, 1 << 28, 1 << 30, 1 << 32
-ACK, CHANNEL, SLOTS = 1 << 3, 1 << 5, 1 << 15
+ACK, CHANNEL, NOTES, SLOTS = 1 << 3, 1 << 5, 1 << 12, 1 << 15
 
 Descriptor = tuple[int, int, int, int]
 """Address, length, flags, next."""
@@ -141,32 +142,55 @@ class Driver:
         table: bool = False,
         start: bool = True,
     ) -> None:
-        self.wire = Wire(path)
         self.fd = os.memfd_create("guest")
         os.ftruncate(self.fd, memory)
         self.memory = mmap.mmap(self.fd, memory)
         self.size = memory
         self.event_idx = bool(features & EVENT_IDX)
-        offered = self.wire.ask_u64(GET_FEATURES)
-        self.offered = offered
-        self.protocol = self.wire.ask_u64(GET_PROTOCOL) & (ACK | CHANNEL | SLOTS | 1 | 1 << 9)
+        self._features, self._table = features, table
+        self.notes: tuple[bytes, int] | None = None
+        self._connect(path)
+        self._free = 64 << 10
+        self.rings = [self._ring(index, num) for index in range(queues)]
+        if start:
+            for ring in self.rings:
+                self.start(ring)
+
+    def _connect(self, path: Path) -> None:
+        """Hold the conversation up to the memory."""
+        self.wire = Wire(path)
+        self.offered = self.wire.ask_u64(GET_FEATURES)
+        self.protocol = self.wire.ask_u64(GET_PROTOCOL) & (ACK | CHANNEL | SLOTS | NOTES | 1 | 1 << 9)
         self.wire.send(SET_PROTOCOL, struct.pack("<Q", self.protocol))
         self.queues = self.wire.ask_u64(GET_QUEUES)
         self.channel, theirs = socket.socketpair()
         assert self.wire.acknowledged(SET_CHANNEL, fds=[theirs.fileno()]) == 0
         theirs.close()
         self.wire.send(SET_OWNER)
-        self.wire.send(SET_FEATURES, struct.pack("<Q", (features & offered) | PROTOCOL_FEATURES | VERSION_1))
-        region = struct.pack("<QQQQ", GUEST, memory, USER, 0)
-        if table:
+        agreed = (self._features & self.offered) | PROTOCOL_FEATURES | VERSION_1
+        self.wire.send(SET_FEATURES, struct.pack("<Q", agreed))
+        region = struct.pack("<QQQQ", GUEST, self.size, USER, 0)
+        if self._table:
             assert self.wire.acknowledged(SET_MEM_TABLE, struct.pack("<II", 1, 0) + region, [self.fd]) == 0
         else:
             assert self.wire.acknowledged(ADD_MEM, bytes(8) + region, [self.fd]) == 0
-        self._free = 64 << 10
-        self.rings = [self._ring(index, num) for index in range(queues)]
-        if start:
-            for ring in self.rings:
-                self.start(ring)
+
+    def take_notes(self, num: int) -> None:
+        """Ask for memory for notes of what is under way, and give it back; rings are started after that."""
+        self.wire.send(GET_INFLIGHT, struct.pack("<QQHH4x", 0, 0, self.queues, num))
+        data, (fd,), _, _ = socket.recv_fds(self.wire.sock, 12 + 24, 1)
+        self.notes = (data[12:], fd)
+        assert self.wire.acknowledged(SET_INFLIGHT, self.notes[0], [fd]) == 0
+
+    def connect_again(self, path: Path) -> None:
+        """Go on, with rings as they are, at a back end that comes after one that has died."""
+        self.wire.close()
+        self.channel.close()
+        self._connect(path)
+        if self.notes is not None:
+            assert self.wire.acknowledged(SET_INFLIGHT, self.notes[0], [self.notes[1]]) == 0
+        for ring in self.rings:
+            self.start(ring, base=self.get(ring.used + 2, "H"))
 
     def _ring(self, index: int, num: int) -> Ring:
         base = index * (32 << 10)
@@ -178,9 +202,10 @@ class Driver:
         self._free = max(self._free, end)
         return True
 
-    def start(self, ring: Ring, base: int = 0) -> None:
-        """Set a ring up and enable it."""
-        if base == 0:
+    def start(self, ring: Ring, base: int | None = None) -> None:
+        """Set a ring up and enable it: anew, or with its next request to take."""
+        if base is None:
+            base = 0
             ring.next = ring.seen = 0
             self.memory[ring.available : ring.available + 6 + 2 * ring.num] = bytes(6 + 2 * ring.num)
             self.memory[ring.used : ring.used + 6 + 8 * ring.num] = bytes(6 + 8 * ring.num)
@@ -322,6 +347,8 @@ class Driver:
         self.wire.close()
         self.channel.close()
         self.memory.close()
+        if self.notes is not None:
+            os.close(self.notes[1])
         for ring in self.rings:
             os.close(ring.kick)
             os.close(ring.call)

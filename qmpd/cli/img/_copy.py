@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import enum
 import mmap
-from collections.abc import AsyncIterator, Iterator, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.node import BlockNode
-from qmpd.cli.img._status import Stretch, stretches
+from qmpd.cli.img._status import Stretch, salvaged_stretches, stretches
 from qmpd.units import KiB, MiB, align_down, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.backend import BlockBackend
+    from qmpd.block.throttle_group import ThrottleState
     from qmpd.cli.img._progress import Progress
 
 WINDOW = 2 * MiB
 """Bytes that one worker copies at a time."""
 
 _zeroes = bytes(WINDOW)
+
+SECTOR = 512
+"""Bytes that are lost at once when something cannot be read."""
 
 STRIDE = 64 * KiB
 """Bytes that are compared with zeroes at once."""
@@ -77,6 +82,8 @@ class Copier:
     base        copy only what a source holds above this node: the target shows it as well
     overlay     the same for a base of nothing; the target has a backing file
     compress    write compressed clusters of this many bytes, 0: do not compress
+    limit       lets writes through at a rate
+    salvage     told of each sector that cannot be read (offset, error), which counts as zero; None: it is an error
     """
 
     sources: Sequence[Source]
@@ -90,6 +97,8 @@ class Copier:
     overlay: bool = False
     compress: int = 0
     flags: WriteFlags = WriteFlags.NONE
+    limit: ThrottleState | None = None
+    salvage: Callable[[str, int, OSError], None] | None = None
     _begun: int = 0
     _turn: asyncio.Condition = field(default_factory=asyncio.Condition)
     _taken: int = 0
@@ -112,7 +121,7 @@ class Copier:
             node = source.backend.node
             assert node is not None
             window: _Window | None = None
-            async for stretch in stretches(node, 0, source.backend.size, base=self.base, joined=False):
+            async for stretch in self._stretches(node, source.backend.size, joined=False):
                 for one in _cut(stretch, self.zeroes is Zeroes.WRITE):
                     if window is not None and (window.end != one.start or one.end > window.start + WINDOW):
                         yield window
@@ -135,7 +144,7 @@ class Copier:
             node = source.backend.node
             assert node is not None
             done, size = 0, source.backend.size
-            async for stretch in stretches(node, 0, size, base=self.base):
+            async for stretch in self._stretches(node, size, joined=True):
                 if stretch.zero or not (stretch.data or stretch.present):
                     continue
                 at = max(align_down(stretch.start, self.compress), done)
@@ -144,6 +153,11 @@ class Copier:
                     stop = min(done, align_down(at, WINDOW) + WINDOW)
                     yield _Window(source, at, data=[(at, stop - at)], end=stop)
                     at = stop
+
+    def _stretches(self, node: BlockNode, size: int, *, joined: bool) -> AsyncIterator[Stretch]:
+        if self.salvage is None:
+            return stretches(node, 0, size, base=self.base, joined=joined)
+        return salvaged_stretches(node, 0, size, self.base, self.salvage)
 
     def _backing_size(self) -> int:
         """Return the bytes of the target's backing file: behind them it is zero by itself."""
@@ -171,7 +185,12 @@ class Copier:
             )
             if reads:
                 await window.source.backend.preadv(reads)
-                reads.raise_first()
+                if self.salvage is not None:
+                    for request in reads:
+                        if request.error:
+                            await self._salvage(window.source.backend, request.offset, request.view)
+                else:
+                    reads.raise_first()
             writes, holes = self._plan(window, reads, buffer)
             if self.in_order:
                 async with self._turn:
@@ -188,8 +207,25 @@ class Copier:
                         self._turn.notify_all()
             await work
 
+    async def _salvage(self, backend: BlockBackend, offset: int, view: memoryview) -> None:
+        """Read what can be read, the rest is zero: halves of what failed, down to sectors."""
+        assert self.salvage is not None
+        half = align_up(len(view) // 2, SECTOR)
+        for start, part in ((offset, view[:half]), (offset + half, view[half:])):
+            batch = Batch.single(start, part)
+            if part:
+                await backend.preadv(batch)
+            if part and batch[0].error:
+                if len(part) > SECTOR:
+                    await self._salvage(backend, start, part)
+                    continue
+                self.salvage("offset", start, OSError(batch[0].error, os.strerror(batch[0].error)))
+                part[:] = bytes(len(part))
+
     async def _write(self, writes: Batch, holes: list[tuple[int, int]]) -> None:
         if writes:
+            if self.limit is not None:
+                await self.limit.admit(True, writes.total)
             compressed = WriteFlags.COMPRESSED if self.compress else WriteFlags.NONE
             await self.target.pwritev(writes, self.flags | compressed)
             writes.raise_first()

@@ -317,6 +317,8 @@ def _text(value: Any) -> Any:
     """Return a tree with its scalars as text, as a command line would have them."""
     if isinstance(value, dict):
         return {name: _text(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_text(one) for one in value]
     if isinstance(value, bool):
         return "on" if value else "off"
     return value if isinstance(value, str) else str(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qmpd.block.loose import listed
+
 HELP_WORDS = ("help", "?")
 
 
@@ -32,7 +34,10 @@ def asks_help(texts: list[str]) -> bool:
 
 
 def crumple(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make a tree of dotted keys: `file.driver` becomes a member of `file`; the last of two equal ones wins."""
+    """Make a tree of dotted keys: `file.driver` becomes a member of `file`; the last of two equal ones wins.
+
+    Members that are numbered from 0 on become a list.
+    """
     tree: dict[str, object] = {}
     for key, value in pairs:
         *path, last = key.split(".")
@@ -43,7 +48,7 @@ def crumple(pairs: list[tuple[str, object]]) -> dict[str, object]:
                 below = target[step] = {}
             target = below
         target[last] = value
-    return tree
+    return {name: listed(value) for name, value in tree.items()}
 
 
 def flatten(tree: dict[str, object], prefix: str = "") -> list[tuple[str, object]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qmpd.units import GiB, MiB
+from qmpd.units import GiB, KiB, MiB
 
 if TYPE_CHECKING:
     from qmpd.block.node import BlockNode
+
+SALVAGED = 64 * KiB
+"""Bytes that count as data when nobody can say what is there."""
 
 CLUSTERS_AT_ONCE = 16384
 """Clusters that one look covers at most, so that a list of extents stays small whatever the cluster size."""
@@ -82,6 +85,27 @@ async def stretches(
         start += length
     if waiting is not None:
         yield waiting
+
+
+async def salvaged_stretches(
+    node: BlockNode, start: int, end: int, base: BlockNode | None, lost: Callable[[str, int, OSError], None]
+) -> AsyncIterator[Stretch]:
+    """Like `stretches`, not joined; where nobody can say what is there it counts as data, and `lost` is told."""
+    step = look_ahead(node)
+    while start < end:
+        length = min(step, end - start)
+        try:
+            found = [one async for one in _layers(node, start, length, 0, base)]
+        except OSError as error:
+            if length > SALVAGED:
+                step = max(length // 2 // SALVAGED * SALVAGED, SALVAGED)
+                continue
+            lost("block status at offset", start, error)
+            found = [Stretch(start, length, 0, present=True, zero=False, data=True, compressed=False)]
+        for one in found:
+            yield one
+        start += length
+        step = min(2 * step, look_ahead(node))
 
 
 async def _layers(

@@ -24,7 +24,7 @@ class Commit:
         parser.add_argument("-t", "--cache", default="writeback", metavar="MODE", help="cache mode")
         parser.add_argument("-d", "--drop", action="store_true", help="leave the image as it is: it is not needed")
         parser.add_argument("-b", "--base", metavar="FILE", help="write into that image of the chain instead")
-        parser.add_argument("-r", "--rate", metavar="RATE", help=argparse.SUPPRESS)
+        parser.add_argument("-r", "--rate", metavar="RATE", help="bytes a second that are written at most")
         operands(parser, "FILENAME", required=1)
 
     @staticmethod
@@ -34,12 +34,11 @@ class Commit:
         from qmpd.block.perm import Perm
         from qmpd.cli.img._copy import Copier, Source, Zeroes, knows_zeroes
         from qmpd.cli.img._progress import Progress
-        from qmpd.cli.img.convert import first_error
+        from qmpd.cli.img.convert import first_error, limited
 
         name = one_operand(args, "commit")
         cache = cache_mode(args.cache)
-        if args.rate:
-            raise CommandError("--rate is not supported by qmpd")
+        limit = limited(args.rate)
         async with workshop() as shop:
             add_objects(shop, args.objects)
             check_exclusive(args)
@@ -64,6 +63,7 @@ class Commit:
                     base=base_node,
                     overlay=True,
                     flags=WriteFlags.FUA if cache.writethrough else WriteFlags.NONE,
+                    limit=limit,
                 )
                 try:
                     if base.size < backend.size:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qmpd.cli.image import workshop
 from qmpd.cli.img import _opts
-from qmpd.cli.img._common import add_objects, cache_mode, check_exclusive, common, operands, refuse
+from qmpd.cli.img._common import (
+    PROGRAM,
+    add_objects,
+    cache_mode,
+    check_exclusive,
+    common,
+    operands,
+    parse_number,
+    refuse,
+)
 from qmpd.cli.img._creation import Request, known_options, print_help
 from qmpd.cli.img._names import Wish, open_image
 from qmpd.cli.img._sources import PREFIX, check_bitmaps, copy_bitmaps, show_snapshot
@@ -20,6 +30,7 @@ from qmpd.units import KiB, MiB
 if TYPE_CHECKING:
     from qmpd.block.backend import BlockBackend
     from qmpd.block.node import BlockNode
+    from qmpd.block.throttle_group import ThrottleState
     from qmpd.cli.image import Workshop
 
 MAX_SPARSE = 16 * MiB
@@ -52,18 +63,15 @@ class Convert:
         add("-m", "--parallel", metavar="N", help="windows in flight (8)")
         add("-W", "--oob-writes", action="store_true", help="write in any order")
         add("-C", "--copy-range-offloading", action="store_true", help="accepted; the data is always read and written")
-        add("-r", "--rate", metavar="RATE", help=argparse.SUPPRESS)
+        add("-r", "--rate", metavar="RATE", help="bytes a second that are written at most")
         add("--bitmaps", action="store_true", help="copy the persistent dirty bitmaps of the source too")
         add("--skip-broken-bitmaps", action="store_true", help="but not those that were not saved properly")
-        add("--salvage", action="store_true", help=argparse.SUPPRESS)
+        add("--salvage", action="store_true", help="what cannot be read is warned of, and zero in the target")
         operands(parser, "SOURCE...", "TARGET", required=2)
 
     @staticmethod
     async def run(args: argparse.Namespace) -> int:
         """Check the options, open, make, copy."""
-        for name in ("salvage", "rate"):
-            if getattr(args, name):
-                raise CommandError(f"--{name.replace('_', '-')} is not supported by qmpd")
         sparse, coroutines = _sparse(args.sparse_size), _coroutines(args.parallel)
         image_format = args.target_format or "raw"
         async with workshop() as shop, AsyncExitStack() as stack:
@@ -72,7 +80,7 @@ class Convert:
                 return 0
             _check(args)
             add_objects(shop, args.objects)
-            job = _Conversion(shop, args, stack, sparse, coroutines)
+            job = _Conversion(shop, args, stack, sparse, coroutines, limited(args.rate))
             await job.run(args.operands[:-1], args.operands[-1], image_format)
         return 0
 
@@ -107,6 +115,8 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError("--target-is-zero requires use of -n flag")
     if args.target_image_opts and not args.no_create:
         raise CommandError("--target-image-opts requires use of -n flag")
+    if args.copy_range_offloading and args.salvage:
+        raise CommandError("Cannot use copy offloading in salvaging mode")
     if args.copy_range_offloading and args.compress:
         raise CommandError("Cannot enable copy offloading when -c is used")
     if args.copy_range_offloading and args.sparse_size is not None:
@@ -127,10 +137,16 @@ class _Conversion:
     """One run: sources, target, copy."""
 
     def __init__(
-        self, shop: Workshop, args: argparse.Namespace, stack: AsyncExitStack, sparse: int, coroutines: int
+        self,
+        shop: Workshop,
+        args: argparse.Namespace,
+        stack: AsyncExitStack,
+        sparse: int,
+        coroutines: int,
+        limit: ThrottleState | None,
     ) -> None:
         self.shop, self.args, self.stack = shop, args, stack
-        self.sparse, self.coroutines = sparse, coroutines
+        self.sparse, self.coroutines, self.limit = sparse, coroutines, limit
 
     async def run(self, names: list[str], target_name: str, image_format: str) -> None:
         """Do it. Raises CommandError."""
@@ -271,6 +287,8 @@ class _Conversion:
                 overlay=overlay,
                 compress=cluster,
                 flags=WriteFlags.FUA if cache.writethrough else WriteFlags.NONE,
+                limit=self.limit,
+                salvage=self._lost if args.salvage else None,
             )
             try:
                 await copier.run()
@@ -278,6 +296,24 @@ class _Conversion:
             except* OSError as group:
                 error = first_error(group)
                 raise CommandError(f"error while converting: {os.strerror(error.errno or 0)}") from error
+
+    def _lost(self, what: str, offset: int, error: OSError) -> None:
+        """Tell of something that cannot be read."""
+        if not self.args.quiet:
+            text = os.strerror(error.errno or 0)
+            print(f"{PROGRAM}: warning: error while reading {what} {offset}: {text}", file=sys.stderr)
+
+
+def limited(rate: str | None) -> ThrottleState | None:
+    """Return what lets writes through at `rate` bytes a second, None for no limit. Raises CommandError."""
+    if rate is None or not (value := parse_number("rate limit", rate)):
+        return None
+    from qmpd.block.throttle_group import ThrottleState
+    from qmpd.block.throttle_limits import merge, no_limits
+
+    state = ThrottleState()
+    state.configure(merge(no_limits(), {"bps-write": value}))
+    return state
 
 
 def _below(source: BlockBackend) -> BlockNode | None:

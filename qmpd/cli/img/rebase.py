@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from qmpd.block.batch import WriteFlags
 from qmpd.block.options import OpenFlags
 from qmpd.cli.image import workshop
 from qmpd.cli.img._common import add_objects, cache_mode, check_exclusive, common, one_operand, operands, refuse
@@ -37,7 +38,7 @@ class Rebase:
         add("-F", "--backing-format", metavar="FMT", help="its format")
         add("-T", "--backing-cache", default="writeback", metavar="MODE", help="cache mode of the backing files")
         add("-u", "--backing-unsafe", action="store_true", help="only change the name in the image")
-        add("-c", "--compress", action="store_true", help=argparse.SUPPRESS)
+        add("-c", "--compress", action="store_true", help="write what is copied compressed, where clusters are whole")
         operands(parser, "FILENAME", required=1)
 
     @staticmethod
@@ -46,8 +47,6 @@ class Rebase:
         name = one_operand(args, "rebase")
         if args.backing is None and not args.backing_unsafe:
             refuse("rebase", "Must specify backing file (-b) or use unsafe mode (-u)")
-        if args.compress:
-            raise CommandError("--compress is not supported by qmpd")
         cache = cache_mode(args.cache)
         cache_mode(args.backing_cache, "source cache option")
         async with workshop() as shop:
@@ -66,6 +65,8 @@ class Rebase:
             assert node is not None
             if args.backing_format is not None and args.backing_format not in shop.graph.registry.drivers:
                 raise CommandError(f"Invalid format name: '{args.backing_format}'")
+            if args.compress and not node.supports_compressed:
+                raise CommandError("Compression not supported for this file format")
             shown = args.backing or ""
             if not args.backing_unsafe and node.supports_backing:
                 from qmpd.block.perm import Perm
@@ -81,7 +82,7 @@ class Rebase:
                     except (QmpdError, OSError) as error:
                         raise CommandError(f"Could not open new backing file '{shown}': {error}") from error
                 with Progress(backend.size, shown=args.progress and not args.quiet) as progress:
-                    await _keep_content(backend, before, after, progress)
+                    await _keep_content(backend, before, after, progress, compress=args.compress)
                 for one in (before, after):
                     if one is not None:
                         await one.remove()
@@ -99,13 +100,19 @@ class Rebase:
 
 
 async def _keep_content(
-    backend: BlockBackend, before: BlockBackend | None, after: BlockBackend | None, progress: Progress
+    backend: BlockBackend,
+    before: BlockBackend | None,
+    after: BlockBackend | None,
+    progress: Progress,
+    *,
+    compress: bool,
 ) -> None:
     """Write into the image what it showed of `before` and would show differently over `after`. Raises CommandError."""
     node = backend.node
     assert node is not None
     backing = node.children.get("backing")
     grain = int(node.image_info().get("cluster-size", 64 * KiB))
+    window = max(WINDOW, grain)
     try:
         async for one in stretches(node, 0, backend.size, base=None if backing is None else backing.node):
             if one.present:
@@ -113,8 +120,8 @@ async def _keep_content(
                 continue
             at = one.start
             while at < one.end:
-                stop = min(one.end, align_down(at, WINDOW) + WINDOW)
-                await _keep_window(backend, before, after, at, stop, grain)
+                stop = min(one.end, align_down(at, window) + window)
+                await _keep_window(backend, before, after, at, stop, grain, compress=compress)
                 progress.add(stop - at)
                 at = stop
     except OSError as error:
@@ -122,7 +129,14 @@ async def _keep_content(
 
 
 async def _keep_window(
-    backend: BlockBackend, before: BlockBackend | None, after: BlockBackend | None, start: int, end: int, grain: int
+    backend: BlockBackend,
+    before: BlockBackend | None,
+    after: BlockBackend | None,
+    start: int,
+    end: int,
+    grain: int,
+    *,
+    compress: bool,
 ) -> None:
     old, new = await _padded(before, start, end), await _padded(after, start, end)
     if old == new:
@@ -133,7 +147,9 @@ async def _keep_window(
         piece = old[at - start : stop - start]
         if piece != new[at - start : stop - start]:
             if any(piece):
-                await backend.pwrite(at, piece)
+                whole = at % grain == 0 and (stop - at == grain or stop == backend.size)
+                flags = WriteFlags.COMPRESSED if compress and whole else WriteFlags.NONE
+                await backend.pwrite(at, piece, flags)
             else:
                 await backend.pwrite_zeroes(at, stop - at)
         at = stop

@@ -197,7 +197,7 @@ END = USER + (16 << 20)
     [
         (SET_FEATURES, U64.pack(1), "features 0x1 were not offered"),
         (SET_FEATURES, b"1234", "message 2 has a payload of 4 bytes, not 8"),
-        (SET_PROTOCOL, U64.pack(1 << 12), "protocol features 0x1000 were not offered"),
+        (SET_PROTOCOL, U64.pack(1 << 13), "protocol features 0x2000 were not offered"),
         (SET_NUM, STATE.pack(2, 8), "there is no queue 2; there are 2"),
         (SET_NUM, STATE.pack(0xFFFFFFFF, 8), "there is no queue 4294967295"),
         (SET_NUM, STATE.pack(0, 0), "queue 0 of 0 descriptors"),
