@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qmpd.block import dirty_bitmap
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.child import Child
-from qmpd.block.direct import DirectRead
+from qmpd.block.direct import DirectRead, DirectWrite, direct_write
 from qmpd.block.node import MAX_REQUEST, BlockNode, Extent
 from qmpd.block.opening import MAX_LENGTH
 from qmpd.block.perm import ChildRole, Perm
@@ -58,7 +58,8 @@ class BlockBackend:
         self.may_grow = False
         """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
         self._direct: DirectRead | None = None
-        self._direct_generation = -1
+        self._direct_write: DirectWrite | None = None
+        self._direct_generation = self._direct_write_generation = -1
         self._in_flight = 0
         self._quiesced = 0
         self._admission: list[asyncio.Future[None]] = []
@@ -200,6 +201,20 @@ class BlockBackend:
             self._direct_generation = generation
         direct = self._direct
         return direct if direct is not None and direct.disk.nowait else None
+
+    def direct_write(self) -> DirectWrite | None:
+        """Return how writes can be done without the nodes now, on the data loop; None if they cannot.
+
+        Whoever uses it bounds requests by `size` and by the size of the file, waits for nothing meanwhile, and
+        counts in `stats`.
+        """
+        if self.root is None or self._quiesced or self.throttle is not None:
+            return None
+        if self._direct_write_generation != self.graph.generation:
+            self._direct_write_generation = self.graph.generation
+            self._direct_write = direct_write(self.root.node)
+        found = self._direct_write
+        return found if found is not None and found.possible() else None
 
     async def pwritev(self, batch: Batch, flags: WriteFlags = WriteFlags.NONE) -> None:
         """Write every view; failed requests carry their errno (EIO beyond the end, EPERM on a

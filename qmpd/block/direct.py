@@ -1,4 +1,4 @@
-"""Reads without a way through the graph: where a range of a node lies in a file, told beforehand.
+"""Reads and writes without a way through the graph: where a range of a node lies in a file, told beforehand.
 
 A chain such as luks over qcow2 over file changes every request in the same few ways. A node that can
 say so answers `BlockNode.direct_read` with a `DirectRead`, made from that of its child; who serves many
@@ -6,17 +6,24 @@ small requests then has whole lists of them read and decrypted by one compiled c
 on the data loop. Whatever is out of the ordinary (a range that is not stored in one piece, a page that is not in
 memory, a node that filters) is not answered here and goes through the nodes, with the same outcome.
 
+Writes go the same way where they change nothing but data: inside the file, with no metadata of a format, no bitmap
+and no threshold to look after, and no request under way that they would have to wait for (`DirectWrite.possible`).
+
 A `DirectRead` holds until the graph changes (`Graph.generation`). All I/O, drains and the closing of
 nodes run on the data loop, so nothing changes under a call that does not wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qmpd.aio.disk import DiskFile
 from qmpd.crypto.block import BlockCrypto
+
+if TYPE_CHECKING:
+    from qmpd.block.node import BlockNode
 
 Locate = Callable[[int, int], int]
 """(offset, length) -> where the range starts in the file, or -1 if it is not all there in one piece."""
@@ -51,3 +58,49 @@ class DirectRead:
         if self.crypto is not None or not crypto.direct:
             return None
         return replace(self, before=self.before + delta, crypto=crypto, crypto_at=0)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectWrite:
+    """Where writes to a node end up.
+
+    place       what `DirectRead` says of it; nothing is kept here and there
+    nodes       those on the way, with what to add to an offset of the first to get theirs
+    alignment   bytes that offsets and lengths are multiples of
+    """
+
+    place: DirectRead
+    nodes: Sequence[tuple[BlockNode, int]]
+    alignment: int
+
+    def possible(self) -> bool:
+        """Say whether a write now concerns nobody but the file."""
+        for node, _ in self.nodes:
+            if node.dirty_bitmaps or node.write_threshold or node.ranges.busy:
+                return False
+        return self.place.disk.nowait
+
+    def written(self, end: int) -> None:
+        """Note a write that ended there."""
+        for node, delta in self.nodes:
+            if end + delta > node.wr_highest_offset:
+                node.wr_highest_offset = end + delta
+
+
+def direct_write(top: BlockNode) -> DirectWrite | None:
+    """Return the direct way of writes to a node, None if there is none while the graph stays as it is."""
+    place = top.direct_read()
+    if place is None or place.locate is not None or place.disk.direct:
+        return None
+    total = place.before + place.after
+    nodes: list[tuple[BlockNode, int]] = []
+    node = top
+    while True:
+        here = node.direct_read()
+        if here is None or node.read_only or node.node_options.detect_zeroes in ("on", "unmap"):
+            return None
+        nodes.append((node, total - here.before - here.after))
+        below = node.primary()
+        if below is None:
+            return DirectWrite(place, nodes, top.request_alignment)
+        node = below.node

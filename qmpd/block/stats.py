@@ -91,6 +91,14 @@ class AccountedStats:
         self._measure("rd", elapsed, count)
         self.last_access_ns = time.monotonic_ns()
 
+    def written_directly(self, count: int, total: int, elapsed: int) -> None:
+        """Count `count` successful writes of `total` bytes that took `elapsed` nanoseconds together."""
+        self.wr_operations += count
+        self.wr_bytes += total
+        self.wr_total_time_ns += elapsed * count
+        self._measure("wr", elapsed, count)
+        self.last_access_ns = time.monotonic_ns()
+
     def _measure(self, kind: str, elapsed: int, count: int = 1) -> None:
         if kind in self.histograms:
             self.histograms[kind].add(elapsed, count)

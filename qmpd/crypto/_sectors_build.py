@@ -33,6 +33,8 @@ int qmpd_sectors_one(qmpd_sectors *s, uint64_t sector, uint64_t length, const ui
 int qmpd_sectors_share(qmpd_sectors *s, qmpd_sectors *helper, const qmpd_span *spans, size_t count);
 int64_t qmpd_read_extents(qmpd_sectors *s, qmpd_sectors *helper, int fd, const qmpd_extent *extents, size_t count,
                           uint8_t *base, uint64_t room);
+int64_t qmpd_write_extents(qmpd_sectors *s, qmpd_sectors *helper, int fd, const qmpd_extent *extents, size_t count,
+                           const uint8_t *base, uint64_t room);
 void qmpd_sectors_free(qmpd_sectors *s);
 const char *qmpd_openssl_version(void);
 """
@@ -45,6 +47,7 @@ SOURCE = """
 #include <signal.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <unistd.h>
 #include <openssl/crypto.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
@@ -58,6 +61,7 @@ typedef struct qmpd_sectors {
     uint32_t sector_size;       /* bytes */
     int iv_kind, iv_length;     /* bytes */
     int benbi_shift;            /* blocks in 512 bytes, as a power of two */
+    uint8_t *scratch;           /* ciphertext on its way to a file, SCRATCH bytes, or NULL */
 } qmpd_sectors;
 
 typedef struct {
@@ -93,6 +97,7 @@ void qmpd_sectors_free(qmpd_sectors *s)
     if (s) {
         EVP_CIPHER_CTX_free(s->data);       /* wipes the key schedule */
         EVP_CIPHER_CTX_free(s->essiv);
+        free(s->scratch);
         OPENSSL_cleanse(s, sizeof *s);
         free(s);
     }
@@ -253,16 +258,17 @@ typedef struct {
     uint64_t sector;            /* number of the first sector, as in a span; not used without cipher */
     uint64_t offset;            /* where it is in the file, bytes */
     uint64_t length;            /* bytes, a multiple of sector_size if there is a cipher */
-    uint64_t at;                /* where it goes, from `base` */
+    uint64_t at;                /* where it goes to or comes from, from `base` */
 } qmpd_extent;
 
 /* Large work is cut into pieces that the caller and one helper thread take in turn. The caller never waits for the
  * helper to wake, only for the piece it may be in: without a free processor it does the whole work alone. */
-enum { PIECE = 1 << 16, ENOUGH = 1 << 17 };
+enum { PIECE = 1 << 16, ENOUGH = 1 << 17, SCRATCH = PIECE + PIECE / 2 };
 
 typedef struct {
     qmpd_sectors *contexts[2];  /* the caller's and the helper's; NULL: no cipher, or no help */
     int fd;                     /* -1: spans, else extents of this file */
+    int writing;                /* extents are written, `base` is not changed */
     const qmpd_span *spans;
     const qmpd_extent *extents;
     uint8_t *base;
@@ -278,6 +284,31 @@ static struct {
     int active, started;
 } crew = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, 0, 0 };
 
+/* Write a piece, through the scratch area if it is to be encrypted: it is small enough to stay in the cache, and on
+ * pages of its own. */
+static int write_piece(const qmpd_job *job, qmpd_sectors *s, const qmpd_extent *e, uint64_t from, uint64_t length)
+{
+    const uint8_t *source = job->base + e->at + from;
+    if (s) {
+        void *fresh;
+        if (!s->scratch) {
+            if (posix_memalign(&fresh, 4096, SCRATCH))
+                return -1;
+            s->scratch = fresh;
+        }
+        if (qmpd_sectors_one(s, e->sector + (from >> 9), length, source, s->scratch))
+            return -1;
+        source = s->scratch;
+    }
+    for (uint64_t done = 0; done < length;) {
+        ssize_t put = pwrite(job->fd, source + done, length - done, (off_t)(e->offset + from + done));
+        if (put <= 0)
+            return -1;
+        done += (uint64_t)put;
+    }
+    return 0;
+}
+
 static int do_piece(const qmpd_job *job, qmpd_sectors *s, size_t item, uint64_t from, uint64_t length)
 {
     if (job->fd < 0) {
@@ -285,6 +316,8 @@ static int do_piece(const qmpd_job *job, qmpd_sectors *s, size_t item, uint64_t 
         return qmpd_sectors_one(s, span->sector + (from >> 9), length, span->source + from, span->target + from);
     }
     const qmpd_extent *e = &job->extents[item];
+    if (job->writing)
+        return write_piece(job, s, e, from, length);
     uint8_t *target = job->base + e->at + from;
     for (uint64_t done = 0; done < length;) {
         struct iovec part = { target + done, length - done };
@@ -368,10 +401,22 @@ static size_t run_job(qmpd_job *job, uint64_t total)
 int qmpd_sectors_share(qmpd_sectors *s, qmpd_sectors *helper, const qmpd_span *spans, size_t count)
 {
     uint64_t total = 0;
-    qmpd_job job = { { s, helper }, -1, spans, NULL, NULL, count, count, 0, 0 };
+    qmpd_job job = { { s, helper }, -1, 0, spans, NULL, NULL, count, count, 0, 0 };
     for (size_t i = 0; i < count; i++)
         total += spans[i].length;
     return run_job(&job, total) == count ? 0 : -1;
+}
+
+static int64_t run_extents(qmpd_job *job, uint64_t room)
+{
+    uint64_t total = 0;
+    for (size_t i = 0; i < job->count; i++) {
+        const qmpd_extent *e = &job->extents[i];
+        if (e->at > room || e->length > room - e->at || e->offset > INT64_MAX - e->length)
+            return -1;
+        total += e->length;
+    }
+    return (int64_t)run_job(job, total);
 }
 
 /* Read extents that the page cache has, and decrypt them (s may be NULL: no cipher). Returns how many are
@@ -379,15 +424,17 @@ int qmpd_sectors_share(qmpd_sectors *s, qmpd_sectors *helper, const qmpd_span *s
 int64_t qmpd_read_extents(qmpd_sectors *s, qmpd_sectors *helper, int fd, const qmpd_extent *extents, size_t count,
                           uint8_t *base, uint64_t room)
 {
-    uint64_t total = 0;
-    qmpd_job job = { { s, helper }, fd, NULL, extents, base, count, count, 0, 0 };
-    for (size_t i = 0; i < count; i++) {
-        const qmpd_extent *e = &extents[i];
-        if (e->at > room || e->length > room - e->at || e->offset > INT64_MAX - e->length)
-            return -1;
-        total += e->length;
-    }
-    return (int64_t)run_job(&job, total);
+    qmpd_job job = { { s, helper }, fd, 0, NULL, extents, base, count, count, 0, 0 };
+    return run_extents(&job, room);
+}
+
+/* Encrypt extents (s may be NULL: no cipher) and write them to the page cache; `base` stays as it is. Returns how
+ * many are complete, in order; of the others some bytes may have been written. -1 if an extent leaves the buffer. */
+int64_t qmpd_write_extents(qmpd_sectors *s, qmpd_sectors *helper, int fd, const qmpd_extent *extents, size_t count,
+                           const uint8_t *base, uint64_t room)
+{
+    qmpd_job job = { { s, helper }, fd, 1, NULL, extents, (uint8_t *)base, count, count, 0, 0 };
+    return run_extents(&job, room);
 }
 """
 

@@ -246,15 +246,15 @@ class CompiledCipher:
             for helper, context in enumerate(taken):
                 self._idle[encrypt + 2 * helper].append(context)
 
-    def read(self, fd: int, table: Any, count: int, into: Any) -> int:
-        """See `read_extents`."""
-        helped = len(into) >= SHARED
-        taken = self._take(False, helped)
+    def extents(self, fd: int, table: Any, count: int, buffer: Any, *, writing: bool) -> int:
+        """See `read_extents` and `write_extents`."""
+        helped = len(buffer) >= SHARED
+        taken = self._take(writing, helped)
+        work = self._lib.qmpd_write_extents if writing else self._lib.qmpd_read_extents
         try:
-            helper = taken[1] if helped else self._ffi.NULL
-            return int(self._lib.qmpd_read_extents(taken[0], helper, fd, table, count, into, len(into)))
+            return int(work(taken[0], taken[1] if helped else self._ffi.NULL, fd, table, count, buffer, len(buffer)))
         finally:
-            self._give(False, taken)
+            self._give(writing, taken)
 
     def wipe(self) -> None:
         """See `SectorCipher.wipe`."""
@@ -268,11 +268,14 @@ class CompiledCipher:
 
 EXTENT = struct.Struct("=QQQQ")
 """One entry of an extent table: number of the first 512-byte sector (for the cipher), offset in the file, length,
-and where it goes in the buffer; bytes but for the first."""
+and where it is in the buffer; bytes but for the first."""
 
 
 class ExtentTable:
-    """Room for `entries` extents, for `read_extents`; fill `data` with EXTENT. Needs the compiled engine."""
+    """Room for `entries` extents, for `read_extents` and `write_extents`; fill `data` with EXTENT.
+
+    Needs the compiled engine.
+    """
 
     def __init__(self, entries: int) -> None:
         self.data = bytearray(entries * EXTENT.size)
@@ -281,8 +284,8 @@ class ExtentTable:
 
 
 def extents_work() -> bool:
-    """Say whether `read_extents` is there."""
-    return hasattr(_native and _native.lib, "qmpd_read_extents")
+    """Say whether `read_extents` and `write_extents` are there."""
+    return hasattr(_native and _native.lib, "qmpd_write_extents")
 
 
 def read_extents(cipher: SectorCipher | None, fd: int, table: ExtentTable, count: int, into: memoryview) -> int:
@@ -292,13 +295,30 @@ def read_extents(cipher: SectorCipher | None, fd: int, table: ExtentTable, count
     others is undefined. Raises ValueError if an extent does not lie in the buffer.
     """
     assert _native is not None
-    target = _native.ffi.from_buffer("uint8_t[]", into, True)
+    return _run_extents(cipher, fd, table, count, _native.ffi.from_buffer("uint8_t[]", into, True), writing=False)
+
+
+def write_extents(cipher: SectorCipher | None, fd: int, table: ExtentTable, count: int, source: memoryview) -> int:
+    """Encrypt the first `count` extents of the table and write them to the page cache; `source` stays as it is.
+
+    Runs without the interpreter's lock. Returns how many are complete, in order; of the others some may have been
+    written. Raises ValueError if an extent does not lie in the buffer.
+    """
+    assert _native is not None
+    return _run_extents(cipher, fd, table, count, _native.ffi.from_buffer("uint8_t[]", source), writing=True)
+
+
+def _run_extents(
+    cipher: SectorCipher | None, fd: int, table: ExtentTable, count: int, buffer: Any, *, writing: bool
+) -> int:
+    assert _native is not None
     if cipher is None:
         null = _native.ffi.NULL
-        found = int(_native.lib.qmpd_read_extents(null, null, fd, table.native, count, target, len(target)))
+        work = _native.lib.qmpd_write_extents if writing else _native.lib.qmpd_read_extents
+        found = int(work(null, null, fd, table.native, count, buffer, len(buffer)))
     else:
         assert isinstance(cipher, CompiledCipher)
-        found = cipher.read(fd, table.native, count, target)
+        found = cipher.extents(fd, table.native, count, buffer, writing=writing)
     if found < 0:
         raise ValueError("an extent leaves the buffer")
     return found

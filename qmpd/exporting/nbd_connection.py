@@ -20,53 +20,29 @@ from typing import Protocol
 from qmpd import trace
 from qmpd.aio import eager
 from qmpd.aio.pool import PooledBuffer
-from qmpd.exporting.nbd_direct import DirectReader
+from qmpd.exporting.nbd_direct import DirectReader, DirectWriter
+from qmpd.exporting.nbd_limits import (
+    HANDSHAKE_RECEIVE,
+    IN_FLIGHT,
+    LINGER,
+    PAYLOAD_TURNS,
+    READ_BATCH,
+    RECEIVE,
+    SEND_BUFFER,
+    SEND_PARTS,
+    SMALL_REQUEST,
+    TLS_CHUNK,
+    TURN,
+    UNSENT,
+)
 from qmpd.exporting.nbd_target import NbdTarget
 from qmpd.exporting.nbd_work import Lease, Work, Worker
-from qmpd.protocols.nbd import MAX_PAYLOAD, Command, Directory, NbdError
+from qmpd.protocols.nbd import Command, Directory, NbdError
 from qmpd.protocols.nbd_handshake import Agreement, Handshake, Stage
 from qmpd.protocols.nbd_transmission import Request, Requests
-from qmpd.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 _trace = trace.flag("nbd.request")
-
-RECEIVE = 256 * KiB
-"""Bytes of the buffer that requests are received into: several 64 KiB writes in one call."""
-
-PAYLOAD_TURNS = 8
-"""Receives in a row for the payload of a large write, which comes in pieces of a socket's buffer."""
-
-HANDSHAKE_RECEIVE = 8 * KiB
-"""Bytes taken at a time before a client has chosen an export."""
-
-IN_FLIGHT = 2 * MAX_PAYLOAD
-"""Bytes of reads and writes of one client that may be under way, replies not yet sent included."""
-
-READ_BATCH = 1 * MiB
-"""Bytes of one piece of reading: enough to save calls, few enough to overlap it with sending."""
-
-UNSENT = 2 * MiB
-"""Bytes of replies that may wait for the client before no more reads are begun: it is slower than
-we are, and what is read ahead of it only leaves the processor's cache."""
-
-TURN = 8 * MiB
-"""Bytes of reads that one client may have done inline before the loop sees to the others."""
-
-SEND_BUFFER = 1 * MiB
-"""Bytes of replies that the kernel may hold, as far as its own limit allows: a full buffer costs a turn of the loop."""
-
-SEND_PARTS = 256
-"""Pieces handed to one sendmsg."""
-
-TLS_CHUNK = 64 * KiB
-"""Bytes joined before they are encrypted: a record of its own for each header would be waste."""
-
-SMALL_REQUEST = 4 * KiB
-"""Bytes that a request without data counts for."""
-
-LINGER = 1.0
-"""Seconds that a client of a removed export has to take the replies that are ready for it."""
 
 
 class Host(Directory, Protocol):
@@ -98,6 +74,7 @@ class Connection:
         self._worker: Worker | None = None
         self._requests: Requests | None = None
         self._direct: DirectReader | None = None
+        self._direct_writer: DirectWriter | None = None
         self._buffer: PooledBuffer | None = None
         self._filled = 0
         self._partial: Request | None = None
@@ -227,6 +204,7 @@ class Connection:
         self._requests = Requests(agreement.style, size, read_only=target.read_only, contexts=contexts)
         if DirectReader.works():
             self._direct = DirectReader(target, agreement.style, size)
+            self._direct_writer = DirectWriter(target, agreement.style)
         self._buffer = target.buffers.take(RECEIVE)
         rest = agreement.rest
         self._buffer.view[: len(rest)] = rest
@@ -299,7 +277,10 @@ class Connection:
         self._got += mine
         if self._got == request.length:
             self._payload = self._partial = None
-            request.payload = payload.view
+            request.payload, request.at = payload.view, 0
+            if self._write_directly([request], payload.view):
+                self._free(request.length, payload)
+                return count - mine
             self._start(self._write([request], request.length, Lease(payload, given_up=True)))
         return count - mine
 
@@ -320,7 +301,7 @@ class Connection:
         if decoded.requests:
             writes = [one for one in decoded.requests if one.payload is not None]
             self._waiting.extend(one for one in decoded.requests if one.payload is None)
-            if writes:
+            if writes and not self._write_directly(writes, buffer.view[served:filled]):
                 lease = Lease(buffer, given_up=False)
                 self._in_flight += RECEIVE
                 if self._start(self._write(writes, RECEIVE, lease)):
@@ -339,6 +320,16 @@ class Connection:
             (self._buffer or buffer).view[: len(rest)] = bytes(rest)
         if requests.finished:
             self._end(requests.violation)
+
+    def _write_directly(self, requests: list[Request], received: memoryview) -> bool:
+        """Carry out writes at once if that can be, their payload being in `received`."""
+        if self._direct_writer is None:
+            return False
+        replies = self._direct_writer.write(requests, received)
+        if replies is None:
+            return False
+        self.reply(*replies)
+        return True
 
     def _serve_directly(self, direct: DirectReader, received: memoryview) -> int:
         """Answer the reads that `received` begins with, while the client takes them; returns the bytes used."""

@@ -1,22 +1,24 @@
-"""The short way of NBD reads: from the receive buffer to a buffer of replies in one go.
+"""The short way of NBD reads and writes: from the receive buffer to a buffer of replies, or to the file, in one go.
 
 Most requests of most clients are reads without flags of data that the page cache has. For a run of those at
 the front of what was received, nothing is made but a table of extents and the headers of the replies; one call
 reads and decrypts all of them between those headers, and one send takes the buffer. What does not fit this
-form is left, with all that follows it, to `Requests` and `Worker`.
+form is left, with all that follows it, to `Requests` and `Worker`. Writes are taken apart by `Requests` first; if
+all that were received together are plain ones, one call encrypts and writes them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from qmpd.aio.pool import PooledBuffer
 from qmpd.block.direct import DirectRead
-from qmpd.crypto.cipher import EXTENT, ExtentTable, extents_work, read_extents
+from qmpd.crypto.cipher import EXTENT, ExtentTable, extents_work, read_extents, write_extents
 from qmpd.exporting.nbd_target import NbdTarget
 from qmpd.exporting.nbd_work import SPARSE_FROM
-from qmpd.protocols.nbd import Style
-from qmpd.protocols.nbd_transmission import PlainReads
+from qmpd.protocols.nbd import CommandFlag, Style
+from qmpd.protocols.nbd_transmission import PlainReads, Replies, Request
 from qmpd.units import KiB, MiB
 
 LARGEST = 1 * MiB
@@ -36,6 +38,8 @@ ENTRIES = 256
 """Reads of one run."""
 
 PAGE = 4096
+
+_FUA = int(CommandFlag.FUA)
 
 _pack_extent = EXTENT.pack_into
 _EXTENT = EXTENT.size
@@ -134,3 +138,42 @@ class DirectReader:
         if not count:
             return 0
         return read_extents(crypto.cipher if crypto is not None else None, direct.disk.fd, self._table, count, out)
+
+
+class DirectWriter:
+    """Carries out plain writes for one connection."""
+
+    def __init__(self, target: NbdTarget, style: Style) -> None:
+        self._target, self._backend = target, target.backend
+        self._success = Replies(style).success
+        self._table = ExtentTable(ENTRIES)
+
+    def write(self, requests: Sequence[Request], received: memoryview) -> list[bytes | memoryview] | None:
+        """Carry out writes whose payload is in `received`, and return their replies.
+
+        None if that is not the way for one of them: then none is answered, and all are to be carried out.
+        """
+        direct = self._backend.direct_write()
+        if direct is None or self._target.writethrough or len(requests) > ENTRIES or len(received) > LARGEST:
+            return None
+        place, table, mask = direct.place, self._table.data, direct.alignment - 1
+        crypto, size = place.crypto, min(self._backend.size, place.disk.size - place.before - place.after)
+        first, crypto_at = (0, 0) if crypto is None else (crypto.first, place.crypto_at)
+        shift = place.before + place.after
+        at = total = highest = 0
+        for request in requests:
+            offset, length = request.offset, request.length
+            end = offset + length
+            if request.flags & _FUA or not length or (offset | length) & mask or end > size:
+                return None
+            _pack_extent(table, at, first + (offset + crypto_at >> 9), offset + shift, length, request.at)
+            at += _EXTENT
+            total += length
+            highest = max(highest, end)
+        begun = time.monotonic_ns()
+        cipher = None if crypto is None else crypto.cipher
+        if write_extents(cipher, place.disk.fd, self._table, len(requests), received) < len(requests):
+            return None  # what went wrong is for the long way to find out
+        direct.written(highest)
+        self._backend.stats.written_directly(len(requests), total, time.monotonic_ns() - begun)
+        return [self._success(request) for request in requests]

@@ -75,16 +75,18 @@ class Request:
 
     offset, length   bytes; the length of a block status query with payload is that in the payload
     payload          what a write brings, None for other commands; filled when the request is complete
+    at               where the payload begins in what was received
     refusal          (error, text) if it must not be carried out, else None
     contexts         ids that a block status query is limited to, None for all
     """
 
-    __slots__ = ("command", "contexts", "cookie", "flags", "length", "offset", "payload", "refusal")
+    __slots__ = ("at", "command", "contexts", "cookie", "flags", "length", "offset", "payload", "refusal")
 
     def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
         self.command, self.flags, self.cookie = command, flags, cookie
         self.offset, self.length = offset, length
         self.payload: memoryview | None = None
+        self.at = 0
         self.refusal: tuple[NbdError, str] | None = None
         self.contexts: tuple[int, ...] | None = None
 
@@ -160,7 +162,7 @@ class Requests:
                 at += size
                 if end - at < length:
                     return Decoded(requests, at, request)
-                request.payload = view[at : at + length]
+                request.payload, request.at = view[at : at + length], at
                 requests.append(request)
                 at += length
             else:

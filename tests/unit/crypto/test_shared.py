@@ -16,6 +16,7 @@ from qmpd.crypto.cipher import (
     extents_work,
     open_cipher,
     read_extents,
+    write_extents,
 )
 
 pytestmark = pytest.mark.skipif(not extents_work(), reason="the compiled engine is not built")
@@ -96,5 +97,34 @@ def test_extents(tmp_path: Path, encrypted: bool, length: int) -> None:
         assert read_extents(cipher, fd, table, 4, memoryview(bytearray(len(out)))) == 3  # the last one is not all there
         with pytest.raises(ValueError, match="leaves the buffer"):
             read_extents(cipher, fd, table, 1, memoryview(out)[: 15 + length])
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("length", [512, 4096, 200 * 1024])
+def test_extents_that_are_written(tmp_path: Path, encrypted: bool, length: int) -> None:
+    """From odd addresses, each in its place, and what they come from stays as it is."""
+    before, plain = os.urandom(1 << 20), os.urandom(2 << 20)
+    (tmp_path / "f").write_bytes(before)
+    fd = os.open(tmp_path / "f", os.O_RDWR)
+    cipher = open_cipher(spec("xts"), KEY, engine="compiled") if encrypted else None
+    table, source, expected = ExtentTable(8), bytearray(plain), bytearray(before)
+    for number, (offset, at) in enumerate([(0, 13), (512 * 999, 13 + length), (len(before) - length, 29 + 2 * length)]):
+        EXTENT.pack_into(table.data, number * EXTENT.size, offset // 512, offset, length, at)
+        data = bytearray(plain[at : at + length])
+        if encrypted:
+            open_cipher(spec("xts"), KEY, engine="reference").encrypt([(offset // 512, data, data)])
+        expected[offset : offset + length] = data
+    try:
+        assert write_extents(cipher, fd, table, 3, memoryview(source)) == 3
+        assert (source, (tmp_path / "f").read_bytes()) == (plain, expected)
+        with pytest.raises(ValueError, match="leaves the buffer"):
+            write_extents(cipher, fd, table, 1, memoryview(source)[: 12 + length])
+    finally:
+        os.close(fd)
+    fd = os.open(tmp_path / "f", os.O_RDONLY)
+    try:
+        assert write_extents(cipher, fd, table, 3, memoryview(source)) == 0
     finally:
         os.close(fd)
