@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -253,6 +254,25 @@ def test_the_machine_is_told_that_writes_are_cached(tmp_path: Path) -> None:
             assert disk.wire.acknowledged(SET_CONFIG, struct.pack("<III", 0, 8, 0) + bytes(8)) == 1
             assert disk.request(OUT, 0, b"x" * 512)[0] == OK
             disk.close()
+
+
+@pytest.mark.parametrize("tool", ["qmpd-storage-daemon", "qemu-storage-daemon"])
+def test_a_socket_can_be_inherited(tool: str, tmp_path: Path) -> None:
+    """As service managers hand them on: `addr.type=fd` on the command line, whose number QMP does not take."""
+    need("qemu-storage-daemon")
+    path = tmp_path / "v.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        name = program(tool) if tool.startswith("qmpd") else tool
+        words = ["--blockdev", f"null-co,node-name=n,size={SIZE},read-zeroes=on"]
+        words += ["--export", f"vhost-user-blk,id=v,node-name=n,addr.type=fd,addr.str={listener.fileno()}"]
+        with subprocess.Popen([name, *words], pass_fds=[listener.fileno()]) as process:
+            disk = Driver(path)
+            assert disk.request(IN, 0, 512) == (OK, bytes(512))
+            disk.close()
+            process.terminate()
+            assert process.wait(20) == 0
 
 
 # A boot sector: BIOS services read sector 1 and write it to sector 2; then it ends the machine with a status.
