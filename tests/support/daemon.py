@@ -151,10 +151,12 @@ def running(folder: Path, *args: str, name: str = "qmpd", start: Sequence[str] =
     daemon = Daemon(process, path, log)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not listens(path):
-            assert process.poll() is None, f"the daemon ended before it listened:\n{daemon.log}"
-            assert time.monotonic() < deadline, "the daemon does not listen"
-            time.sleep(0.02)
+        named = [word.partition("addr.path=")[2].partition(",")[0] for word in args]
+        for one in (path, *map(Path, filter(None, named))):  # other sockets come after that of the monitor
+            while not listens(one):
+                assert process.poll() is None, f"the daemon ended before it listened:\n{daemon.log}"
+                assert time.monotonic() < deadline, f"the daemon does not listen at {one}"
+                time.sleep(0.02)
         yield daemon
     finally:
         status = daemon.stop()
