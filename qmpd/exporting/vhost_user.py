@@ -57,6 +57,7 @@ class VhostUserServer:
             asyncio.get_running_loop().call_later(1.0, self._accept_again)
             return
         self._pause()
+        self._disk.reset()
         self._front = FrontEnd(sock, self._disk, self._client_gone)
 
     def _accept_again(self) -> None:

@@ -124,7 +124,8 @@ class VirtioDisk:
     ) -> None:
         self._backend = backend
         self.read_only, self.block_size, self.queues = read_only, block_size, queues
-        self.write_cache, self._serial = write_cache, serial
+        self.write_cache = self._write_cache = write_cache
+        self._serial = serial
         self._buffers = BufferPool()
 
     def features(self) -> int:
@@ -156,6 +157,10 @@ class VirtioDisk:
             return False
         self.write_cache = bool(contents[0])
         return True
+
+    def reset(self) -> None:
+        """Be as at first: another driver comes."""
+        self.write_cache = self._write_cache
 
     def works(self, requests: Sequence[VirtioRequest]) -> list[Work]:
         """Return what has to be run so that every request is finished; nothing of it raises."""

@@ -254,6 +254,9 @@ def test_the_machine_is_told_that_writes_are_cached(tmp_path: Path) -> None:
             assert disk.wire.acknowledged(SET_CONFIG, struct.pack("<III", 0, 8, 0) + bytes(8)) == 1
             assert disk.request(OUT, 0, b"x" * 512)[0] == OK
             disk.close()
+            disk = Driver(tmp_path / "v.sock")  # the next machine finds what the export has
+            assert disk.config()[32] == (not writethrough)
+            disk.close()
 
 
 @pytest.mark.parametrize("tool", ["qmpd-storage-daemon", "qemu-storage-daemon"])
