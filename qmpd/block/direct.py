@@ -64,43 +64,51 @@ class DirectRead:
 class DirectWrite:
     """Where writes to a node end up.
 
-    place       what `DirectRead` says of it; nothing is kept here and there
-    nodes       those on the way, with what to add to an offset of the first to get theirs
+    place       how offsets of the node become offsets of the file
+    above       the node and those below it down to one that keeps its data here and there, each with what to
+                add to an offset of the first to get theirs
+    below       the others, each with what to add to an offset of the file
     alignment   bytes that offsets and lengths are multiples of
     """
 
     place: DirectRead
-    nodes: Sequence[tuple[BlockNode, int]]
+    above: Sequence[tuple[BlockNode, int]]
+    below: Sequence[tuple[BlockNode, int]]
     alignment: int
 
     def possible(self) -> bool:
         """Say whether a write now concerns nobody but the file."""
-        for node, _ in self.nodes:
-            if node.dirty_bitmaps or node.write_threshold or node.ranges.busy:
-                return False
+        for nodes in (self.above, self.below):
+            for node, _ in nodes:
+                if node.dirty_bitmaps or node.write_threshold or node.ranges.busy:
+                    return False
         return self.place.disk.nowait
 
-    def written(self, end: int) -> None:
-        """Note a write that ended there."""
-        for node, delta in self.nodes:
-            if end + delta > node.wr_highest_offset:
-                node.wr_highest_offset = end + delta
+    def written(self, end: int, end_in_file: int) -> None:
+        """Note that the highest write ended there."""
+        for nodes, highest in ((self.above, end), (self.below, end_in_file)):
+            for node, delta in nodes:
+                if highest + delta > node.wr_highest_offset:
+                    node.wr_highest_offset = highest + delta
 
 
 def direct_write(top: BlockNode) -> DirectWrite | None:
     """Return the direct way of writes to a node, None if there is none while the graph stays as it is."""
-    place = top.direct_read()
-    if place is None or place.locate is not None or place.disk.direct:
+    place = top.direct_write()
+    if place is None:
         return None
-    total = place.before + place.after
-    nodes: list[tuple[BlockNode, int]] = []
+    above: list[tuple[BlockNode, int]] = []
+    below: list[tuple[BlockNode, int]] = []
     node = top
     while True:
-        here = node.direct_read()
+        here = node.direct_write()
         if here is None or node.read_only or node.node_options.detect_zeroes in ("on", "unmap"):
             return None
-        nodes.append((node, total - here.before - here.after))
-        below = node.primary()
-        if below is None:
-            return DirectWrite(place, nodes, top.request_alignment)
-        node = below.node
+        if here.locate is not None:
+            above.append((node, place.before - here.before))
+        else:
+            below.append((node, -here.before - here.after))
+        under = node.children.get("data-file") or node.primary()
+        if under is None:
+            return DirectWrite(place, above, below, top.request_alignment)
+        node = under.node

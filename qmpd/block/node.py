@@ -204,6 +204,10 @@ class BlockNode:
         """
         return None
 
+    def direct_write(self) -> DirectRead | None:
+        """Say the same of writes: where `locate` finds a range, writing there changes nothing but its data."""
+        return None
+
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write every `view` of the batch; the views may be shared and are never changed.
 

@@ -144,22 +144,30 @@ def subcluster_kind(image: Image, entry: int, bitmap: int, number: int) -> Clust
     return UNALLOCATED
 
 
-def plain_run(image: Image, offset: int, length: int) -> int:
+def plain_run(image: Image, offset: int, length: int, flags: int = 0) -> int:
     """Return the host offset of a range of plain clusters that follow one another in the file, else -1.
 
     Reads nothing, see `plain_host`.
     """
     room = image.cluster_size - (offset & image.cluster_size - 1)
-    host = plain_host(image, offset, min(room, length), 0)
+    host = plain_host(image, offset, min(room, length), flags)
     if host < 0 or length <= room:
         return host
     done = room
     while done < length:
         step = min(image.cluster_size, length - done)
-        if plain_host(image, offset + done, step, 0) != host + done:
+        if plain_host(image, offset + done, step, flags) != host + done:
             return -1
         done += step
     return host
+
+
+def plain_target(image: Image, offset: int, length: int) -> int:
+    """Like `plain_run`, for a write that changes nothing but data: the clusters are this image's alone."""
+    if image.dead or image.bitmaps_fresh or not image.writable:
+        return -1
+    host = plain_run(image, offset, length, COPIED)
+    return host if host < 0 or image.external or image.overlaps.clear(host, length) else -1
 
 
 async def map_range(image: Image, offset: int, length: int) -> list[Run]:

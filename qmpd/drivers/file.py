@@ -183,6 +183,10 @@ class FileNode(BlockNode):
         """Offsets are those of the file."""
         return DirectRead(self.disk)
 
+    def direct_write(self) -> DirectRead | None:
+        """Offsets are those of the file."""
+        return None if self.disk.direct else DirectRead(self.disk)
+
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write, growing the file where a request ends beyond it."""
         durable = bool(flags) and bool(flags & WriteFlags.FUA)  # `&` of an IntFlag is slow

@@ -309,7 +309,13 @@ class LuksNode(BlockNode):
 
     def direct_read(self) -> DirectRead | None:
         """Decrypt what lies behind the header, unless the volume is half encrypted."""
-        below = self.file.node.direct_read()
+        return self._direct(self.file.node.direct_read())
+
+    def direct_write(self) -> DirectRead | None:
+        """Encrypt it, under the same condition."""
+        return self._direct(self.file.node.direct_write())
+
+    def _direct(self, below: DirectRead | None) -> DirectRead | None:
         if below is None or self.encryption is not None or self._crypto is None:
             return None
         return below.decrypted(self._crypto, self.volume.payload_offset)

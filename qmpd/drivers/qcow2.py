@@ -34,7 +34,7 @@ from qmpd.drivers._qcow2_compressed import write_compressed
 from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
 from qmpd.drivers._qcow2_holes import looks_preallocated, with_holes
 from qmpd.drivers._qcow2_image import Corruption, Image
-from qmpd.drivers._qcow2_map import Run, map_range, plain_run
+from qmpd.drivers._qcow2_map import Run, map_range, plain_run, plain_target
 from qmpd.drivers._qcow2_mark import identity, mark
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
 from qmpd.drivers._qcow2_options import Qcow2Options
@@ -216,6 +216,13 @@ class Qcow2Node(BlockNode):
         if below is None or self.image.encryption is not None:
             return None
         return below.mapped(partial(plain_run, self.image))
+
+    def direct_write(self) -> DirectRead | None:
+        """The same, where clusters are there already and nobody else's."""
+        below = self.children.get("data-file", self.file).node.direct_write()
+        if below is None or self.image.encryption is not None:
+            return None
+        return below.mapped(partial(plain_target, self.image))
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write into clusters, allocating those that are missing or shared."""

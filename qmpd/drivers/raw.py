@@ -90,6 +90,11 @@ class RawNode(BlockNode):
         below = self.file.node.direct_read()
         return below and below.shifted(self.start)
 
+    def direct_write(self) -> DirectRead | None:
+        """A raw node adds its offset."""
+        below = self.file.node.direct_write()
+        return below and below.shifted(self.start)
+
     def _within(self, request: Request) -> Request:
         there = self.file.size - request.offset
         if there >= len(request.view):

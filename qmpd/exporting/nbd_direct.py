@@ -157,23 +157,31 @@ class DirectWriter:
         if direct is None or self._target.writethrough or len(requests) > ENTRIES or len(received) > LARGEST:
             return None
         place, table, mask = direct.place, self._table.data, direct.alignment - 1
-        crypto, size = place.crypto, min(self._backend.size, place.disk.size - place.before - place.after)
+        before, locate, after = place.before, place.locate, place.after
+        size, there, crypto = self._backend.size, place.disk.size, place.crypto
         first, crypto_at = (0, 0) if crypto is None else (crypto.first, place.crypto_at)
-        shift = place.before + place.after
-        at = total = highest = 0
+        at = total = highest = highest_there = 0
         for request in requests:
             offset, length = request.offset, request.length
-            end = offset + length
-            if request.flags & _FUA or not length or (offset | length) & mask or end > size:
+            if request.flags & _FUA or not length or (offset | length) & mask or offset + length > size:
                 return None
-            _pack_extent(table, at, first + (offset + crypto_at >> 9), offset + shift, length, request.at)
+            target = offset + before
+            if locate is not None:
+                target = locate(target, length)
+                if target < 0:
+                    return None
+            target += after
+            if target + length > there:
+                return None
+            _pack_extent(table, at, first + (offset + crypto_at >> 9), target, length, request.at)
             at += _EXTENT
             total += length
-            highest = max(highest, end)
+            highest = max(highest, offset + length)
+            highest_there = max(highest_there, target + length)
         begun = time.monotonic_ns()
         cipher = None if crypto is None else crypto.cipher
         if write_extents(cipher, place.disk.fd, self._table, len(requests), received) < len(requests):
             return None  # what went wrong is for the long way to find out
-        direct.written(highest)
+        direct.written(highest, highest_there)
         self._backend.stats.written_directly(len(requests), total, time.monotonic_ns() - begun)
         return [self._success(request) for request in requests]

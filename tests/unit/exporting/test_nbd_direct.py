@@ -167,6 +167,9 @@ class WrittenNode(StoredNode):
             self.crypto.encrypt([(request.offset // 512, memoryview(stored), memoryview(stored))])
             os.pwrite(self.disk.fd, stored, SHIFT + request.offset)
 
+    def direct_write(self) -> DirectRead | None:
+        return self.direct_read()
+
     async def preadv(self, batch: Batch) -> None:
         content = self.content()
         for request in batch:
