@@ -19,11 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qmpd.aio.disk import DiskFile
-from qmpd.crypto.block import BlockCrypto
-
 if TYPE_CHECKING:
+    from qmpd.aio.disk import DiskFile
     from qmpd.block.node import BlockNode
+    from qmpd.crypto.block import BlockCrypto  # its libraries take a while, and many images need none
 
 Locate = Callable[[int, int], int]
 """(offset, length) -> where the range starts in the file, or -1 if it is not all there in one piece."""
