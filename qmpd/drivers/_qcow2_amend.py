@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from qmpd.block.batch import Batch
 from qmpd.drivers._qcow2_backing import HEADER_ROOM
 from qmpd.drivers._qcow2_bitmaps import remove_bitmap
-from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Image
 from qmpd.drivers._qcow2_map import ZERO_ALLOC, ZERO_PLAIN, map_range
+from qmpd.drivers._qcow2_placed import Placed
 from qmpd.drivers._qcow2_refcounts import Refcounts
 from qmpd.drivers._qcow2_repair import write_table
 from qmpd.drivers._qcow2_write import write_batch

@@ -20,6 +20,7 @@ from qmpd.block.options import OpenFlags
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.cipher import CipherSpec
 from qmpd.crypto.secretbytes import SecretBytes
+from qmpd.drivers._qcow2_placed import Placed
 from qmpd.errors import CommandError
 from qmpd.formats import luks1
 from qmpd.formats.qcow2 import ENTRY_SIZE
@@ -42,23 +43,6 @@ AES_KEY = 16
 AES = CipherSpec("aes", "cbc", "plain64", None, AES_KEY)
 
 _INT64_MAX = (1 << 63) - 1
-
-
-class Placed(Request):
-    """A request to the file that knows where on the guest's disk its data belongs.
-
-    guest   offset on the guest's disk in bytes
-    """
-
-    __slots__ = ("guest",)
-
-    def __init__(self, offset: int, guest: int, view: memoryview, origin: Request | None = None) -> None:
-        super().__init__(offset, view, origin)
-        self.guest = guest
-
-    def part(self, offset: int, start: int, length: int) -> Request:
-        """See `Request.part`."""
-        return Placed(offset, self.guest + start, self.view[start : start + length], self)
 
 
 class Secrets(Protocol):

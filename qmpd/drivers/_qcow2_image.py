@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.ranges import RangeTable
 from qmpd.drivers._qcow2_cache import Mutex, Slice, SliceCache
-from qmpd.drivers._qcow2_crypto import Encryption
 from qmpd.drivers._qcow2_options import Settings
 from qmpd.drivers._qcow2_overlap import Overlaps
 from qmpd.drivers._qcow2_refcounts import Refcounts
@@ -52,6 +51,7 @@ from qmpd.units import SECTOR, KiB, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
+    from qmpd.drivers._qcow2_crypto import Encryption
     from qmpd.formats.qcow2_snapshot import Snapshot, StoredBitmap
 
 log = logging.getLogger(__name__)

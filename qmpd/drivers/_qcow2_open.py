@@ -6,7 +6,6 @@ import logging
 import struct
 from typing import TYPE_CHECKING
 
-from qmpd.drivers._qcow2_crypto import read_encryption
 from qmpd.drivers._qcow2_image import Image, Report
 from qmpd.drivers._qcow2_options import Qcow2Options, resolve
 from qmpd.errors import CommandError
@@ -72,7 +71,10 @@ async def open_image(
         raise CommandError("Could not read L1 table") from error
     for warning in qcow2_header.parse_extensions(header, data):
         log.warning("qcow2: %s", warning)
-    image.encryption = await read_encryption(file, header)
+    if header.crypt_method:
+        from qmpd.drivers._qcow2_crypto import read_encryption  # what it imports takes a while
+
+        image.encryption = await read_encryption(file, header)
     if image.encryption is not None:
         image.overlaps.protect(*image.encryption.place)
     if not no_io and not data_given:

@@ -6,9 +6,9 @@ import errno
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
-from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import NORMAL, UNALLOCATED, map_range, plain_host
+from qmpd.drivers._qcow2_placed import Placed
 from qmpd.formats.qcow2 import ClusterType, compressed_extent
 from qmpd.formats.qcow2_compress import decompress
 

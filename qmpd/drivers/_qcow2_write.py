@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request
-from qmpd.drivers._qcow2_crypto import Placed
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import (
     Place,
@@ -27,6 +26,7 @@ from qmpd.drivers._qcow2_map import (
     subcluster_kind,
     subclusters,
 )
+from qmpd.drivers._qcow2_placed import Placed
 from qmpd.drivers._qcow2_plan import Piece, Plan
 from qmpd.drivers._qcow2_read import read_backing, read_compressed
 from qmpd.formats.qcow2 import (

@@ -31,7 +31,6 @@ from qmpd.drivers._qcow2_bitmaps import (
 )
 from qmpd.drivers._qcow2_check import CheckResult, check_image
 from qmpd.drivers._qcow2_compressed import write_compressed
-from qmpd.drivers._qcow2_crypto import amend_encryption, refuse_aes
 from qmpd.drivers._qcow2_holes import looks_preallocated, with_holes
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import Run, map_range, plain_run, plain_target
@@ -130,6 +129,8 @@ class Qcow2Node(BlockNode):
         if encryption is None:
             return
         if encryption.method == CRYPT_AES:
+            from qmpd.drivers._qcow2_crypto import refuse_aes
+
             refuse_aes(self.graph.open_flags)
         encryption.key_secret = (options.encrypt or {}).get("key-secret")
         self.request_alignment = SECTOR
@@ -375,6 +376,8 @@ class Qcow2Node(BlockNode):
 
     async def amend(self, options: Mapping[str, Any], *, force: bool) -> None:
         """Change the key slots (BlockdevAmendOptionsQcow2); reads and writes go on meanwhile."""
+        from qmpd.drivers._qcow2_crypto import amend_encryption
+
         await self.graph.runner.run(
             amend_encryption(self.image, options.get("encrypt"), self.graph.objects.passphrase, force=force)
         )

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qmpd.aio import eager
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.node import BlockNode
 from qmpd.cli.img._status import Stretch, salvaged_stretches, stretches
@@ -100,7 +101,7 @@ class Copier:
     limit: ThrottleState | None = None
     salvage: Callable[[str, int, OSError], None] | None = None
     _begun: int = 0
-    _turn: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _turns: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     _taken: int = 0
 
     async def run(self) -> None:
@@ -192,20 +193,19 @@ class Copier:
                 else:
                     reads.raise_first()
             writes, holes = self._plan(window, reads, buffer)
-            if self.in_order:
-                async with self._turn:
-                    await self._turn.wait_for(lambda: self._begun == number)
-            try:
-                work = asyncio.ensure_future(self._write(writes, holes))
-                if self.in_order:
-                    # The write has to have begun, not ended, before the next one may begin.
-                    await asyncio.sleep(0)
+            if self.in_order and self._begun != number:
+                turn = self._turns[number] = asyncio.get_running_loop().create_future()
+                await turn
+                del self._turns[number]
+            try:  # the write has to have begun, not ended, before the next one may begin
+                work = eager.start(self._write(writes, holes), asyncio.get_running_loop())
             finally:
-                if self.in_order:
-                    async with self._turn:
-                        self._begun += 1
-                        self._turn.notify_all()
-            await work
+                self._begun += 1
+                following = self._turns.get(self._begun)
+                if following is not None and not following.done():
+                    following.set_result(None)
+            if work is not None:
+                await work
 
     async def _salvage(self, backend: BlockBackend, offset: int, view: memoryview) -> None:
         """Read what can be read, the rest is zero: halves of what failed, down to sectors."""
