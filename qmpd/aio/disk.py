@@ -6,10 +6,12 @@ threads, a batch at a time. Direct I/O always goes to threads, through aligned b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import stat
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -65,12 +67,26 @@ class DiskFile:
         self.zero_range_works = True
         self.nowait = not direct
         self._pool = BufferPool() if direct else None
+        self._growing = threading.RLock()
+        """Held from looking the size up to setting it."""
         self.refresh_size()
 
     def refresh_size(self) -> int:
         """Ask the system for the size and return it, in bytes."""
-        self.size = os.fstat(self.fd).st_size if self.is_regular else _device_size(self.fd)
-        return self.size
+        with self._growing:
+            self.size = os.fstat(self.fd).st_size if self.is_regular else _device_size(self.fd)
+            return self.size
+
+    def _extend(self, end: int) -> None:
+        """Make a regular file `end` bytes long, if it is not longer by now. Raises OSError.
+
+        Everything that makes it longer goes this way first: what several threads write at its end would otherwise be
+        cut off by one that looked the size up before and sets it after.
+        """
+        with self._growing:
+            if self.refresh_size() < end:
+                os.ftruncate(self.fd, end)
+                self.size = end
 
     def allocated_size(self) -> int:
         """Return the bytes that the file takes on its disk."""
@@ -154,6 +170,10 @@ class DiskFile:
             self._write_all(requests, fua)
 
     def _write_all(self, requests: Sequence[IoRequest], fua: bool) -> None:
+        end = max((request.offset + len(request.view) for request in requests), default=0)
+        if self.is_regular and end > self.size:
+            with contextlib.suppress(OSError):  # the write will say it
+                self._extend(end)
         for run in neighbours(requests):
             try:
                 if self.direct:
@@ -163,8 +183,6 @@ class DiskFile:
             except OSError as error:
                 for request in run:
                     request.fail(error.errno or errno.EIO)
-        end = max((request.offset + len(request.view) for request in requests), default=0)
-        self.size = max(self.size, end) if self.is_regular else self.size
 
     def _write_run(self, run: Sequence[IoRequest], fua: bool) -> None:
         flags = os.RWF_DSYNC if fua else 0
@@ -209,8 +227,7 @@ class DiskFile:
             if inside > 0 and not freed and not self._try_fallocate(_FALLOC_ZERO_RANGE, offset, inside):
                 raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
             if offset + length > size and self.is_regular:
-                os.ftruncate(self.fd, offset + length)
-                self.size = offset + length
+                self._extend(offset + length)
 
         await in_disk_thread(work)
 
@@ -237,11 +254,20 @@ class DiskFile:
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         """Set the size of a regular file in bytes; what is added is a hole, or preallocated by
-        "falloc" or "full". Raises OSError."""
+        "falloc" or "full". A file that has become longer meanwhile than it was to be keeps what is new.
+        Raises OSError."""
+        growing = size > self.refresh_size()
 
         def work() -> None:
-            set_size(self.fd, self.refresh_size(), size, preallocation)
-            self.size = size
+            if preallocation == "off":
+                with self._growing:
+                    current = self.refresh_size()
+                    if not growing or size > current:
+                        set_size(self.fd, current, size, preallocation)
+                        self.size = size
+            else:
+                set_size(self.fd, self.refresh_size(), size, preallocation)
+                self.refresh_size()
 
         await in_disk_thread(work)
 

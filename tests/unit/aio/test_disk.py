@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +107,56 @@ def test_a_lock_in_use_and_a_lock_not_shared_exclude_each_other(tmp_path: Path) 
     finally:
         os.close(one)
         os.close(two)
+
+
+async def test_what_others_write_at_the_end_meanwhile_is_not_cut_off(tmp_path: Path) -> None:
+    """A thread has looked the size up to zero what lies behind; before it makes the file longer, a write ends."""
+    disk = open_disk(tmp_path / "d")
+    looked, held, extend = threading.Event(), threading.Event(), disk._extend
+
+    def slow(end: int) -> None:
+        looked.set()
+        assert held.wait(10)
+        extend(end)
+
+    await disk.pwritev(Batch.single(0, memoryview(b"a" * 4096)))
+    disk._extend = slow  # type: ignore[method-assign]
+    work = asyncio.ensure_future(disk.write_zeroes(4096, 4096, unmap=False))
+    assert await asyncio.to_thread(looked.wait, 10)
+    disk._extend = extend  # type: ignore[method-assign]
+    await disk.pwritev(Batch.single(8192, memoryview(b"b" * 4096)))
+    held.set()
+    await work
+    assert disk.size == 12288
+    disk.close()
+    assert (tmp_path / "d").read_bytes() == b"a" * 4096 + bytes(4096) + b"b" * 4096
+
+
+async def test_a_file_that_has_become_longer_than_it_was_to_be_is_left_so(tmp_path: Path) -> None:
+    """Growing by truncation, while a write behind the new end is done."""
+    disk = open_disk(tmp_path / "d")
+    with disk._growing:  # the thread that sets the size waits for it
+        work = asyncio.ensure_future(disk.truncate(4096))
+        await asyncio.sleep(0.05)
+        await disk.pwritev(Batch.single(8192, memoryview(b"b" * 4096)))
+    await work
+    assert disk.size == 12288
+    await disk.truncate(4096)
+    assert disk.size == 4096
+    disk.close()
+
+
+async def test_writes_and_zeroes_that_make_a_file_longer_at_once_lose_nothing(tmp_path: Path) -> None:
+    for turn in range(200):
+        disk = open_disk(tmp_path / f"{turn}")
+        works = []
+        for block in range(8):
+            at = block * 4096
+            if block % 2:
+                works.append(disk.pwritev(Batch.single(at, memoryview(bytes([block]) * 4096))))
+            else:
+                works.append(disk.write_zeroes(at, 4096, unmap=False))
+        await asyncio.gather(*works)
+        disk.close()
+        expected = b"".join(bytes([block if block % 2 else 0]) * 4096 for block in range(8))
+        assert (tmp_path / f"{turn}").read_bytes() == expected
