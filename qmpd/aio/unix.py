@@ -132,7 +132,7 @@ class Connection:
         except OSError as error:
             self.close("" if error.errno == errno.ECONNRESET else os.strerror(error.errno or 0))
             return
-        fds = _descriptors(ancillary) if ancillary else []
+        fds = descriptors(ancillary) if ancillary else []
         if not data:
             for fd in fds:
                 os.close(fd)
@@ -166,7 +166,8 @@ class Connection:
             await asyncio.sleep(0.01)
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+def descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors that came with a `recvmsg`; they belong to the caller."""
     found = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

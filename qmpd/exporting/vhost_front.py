@@ -17,6 +17,7 @@ from typing import Any
 
 from qmpd.aio import eager
 from qmpd.aio.guest_memory import SharedMapping
+from qmpd.aio.unix import descriptors
 from qmpd.exporting.vhost_memory import GuestMemory
 from qmpd.exporting.vhost_queue import Queue
 from qmpd.exporting.virtio_disk import LARGEST, VirtioDisk
@@ -143,14 +144,11 @@ class FrontEnd:
                 self._loop.add_reader(self._sock, self._readable)
                 await self._wakeup
                 continue
-            fds = array("i")
-            for level, kind, contents in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(contents[: len(contents) - len(contents) % fds.itemsize])
+            fds = descriptors(ancillary)
             if flags & socket.MSG_CTRUNC:
-                _close_all(list(fds))
+                _close_all(fds)
                 raise VhostUserError(f"a message has more than {vhost_user.MAX_FDS} descriptors")
-            return data, list(fds)
+            return data, fds
 
     async def _send(self, answer: bytes) -> None:
         """Send a reply, and the descriptor that goes with it. Raises OSError."""

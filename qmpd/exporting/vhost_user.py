@@ -27,11 +27,6 @@ class VhostUserServer:
         self._stopped = False
         self._gone: asyncio.Future[None] | None = None
 
-    @property
-    def has_client(self) -> bool:
-        """Whether a front end is connected (any loop)."""
-        return self._front is not None
-
     async def start(self) -> None:
         """Accept a front end."""
         self._listen()

@@ -16,7 +16,6 @@ from qmpd.block.backend import BlockBackend
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.batch import Request as Piece
 from qmpd.protocols.virtio_blk import (
-    CONFIG_SIZE,
     HEADER,
     ID_SIZE,
     MAX_DISCARD_SECTORS,
@@ -153,7 +152,7 @@ class VirtioDisk:
 
     def set_config(self, offset: int, contents: bytes) -> bool:
         """Change the config space; False if this part of it cannot be changed."""
-        if offset != WCE_OFFSET or len(contents) != 1 or offset >= CONFIG_SIZE:
+        if offset != WCE_OFFSET or len(contents) != 1:
             return False
         self.write_cache = bool(contents[0])
         return True
