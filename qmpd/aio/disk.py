@@ -6,7 +6,6 @@ threads, a batch at a time. Direct I/O always goes to threads, through aligned b
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -69,6 +68,8 @@ class DiskFile:
         self._pool = BufferPool() if direct else None
         self._growing = threading.RLock()
         """Held from looking the size up to setting it."""
+        self._reaching: list[int] = []
+        """Where the writes end that may make the file longer just now."""
         self.refresh_size()
 
     def refresh_size(self) -> int:
@@ -80,12 +81,13 @@ class DiskFile:
     def _extend(self, end: int) -> None:
         """Make a regular file `end` bytes long, if it is not longer by now. Raises OSError.
 
-        Everything that makes it longer goes this way first: what several threads write at its end would otherwise be
-        cut off by one that looked the size up before and sets it after.
+        What other threads write at its end just now stays inside: it would otherwise be cut off by one that looks
+        the size up before that write and sets it after.
         """
         with self._growing:
             if self.refresh_size() < end:
-                os.ftruncate(self.fd, end)
+                end = max([end, *self._reaching])
+                set_size(self.fd, self.size, end, "off")
                 self.size = end
 
     def allocated_size(self) -> int:
@@ -172,8 +174,18 @@ class DiskFile:
     def _write_all(self, requests: Sequence[IoRequest], fua: bool) -> None:
         end = max((request.offset + len(request.view) for request in requests), default=0)
         if self.is_regular and end > self.size:
-            with contextlib.suppress(OSError):  # the write will say it
-                self._extend(end)
+            with self._growing:
+                self._reaching.append(end)
+            try:
+                self._write_runs(requests, fua)
+            finally:
+                with self._growing:
+                    self._reaching.remove(end)
+                    self.refresh_size()
+        else:
+            self._write_runs(requests, fua)
+
+    def _write_runs(self, requests: Sequence[IoRequest], fua: bool) -> None:
         for run in neighbours(requests):
             try:
                 if self.direct:
@@ -261,9 +273,10 @@ class DiskFile:
         def work() -> None:
             if preallocation == "off":
                 with self._growing:
-                    current = self.refresh_size()
-                    if not growing or size > current:
-                        set_size(self.fd, current, size, preallocation)
+                    if growing:
+                        self._extend(size)
+                    else:
+                        set_size(self.fd, self.refresh_size(), size, preallocation)
                         self.size = size
             else:
                 set_size(self.fd, self.refresh_size(), size, preallocation)
