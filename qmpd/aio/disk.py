@@ -6,12 +6,13 @@ threads, a batch at a time. Direct I/O always goes to threads, through aligned b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from qmpd.aio.pool import BufferPool, PooledBuffer, in_disk_thread
@@ -89,6 +90,18 @@ class DiskFile:
                 end = max([end, *self._reaching])
                 set_size(self.fd, self.size, end, "off")
                 self.size = end
+
+    @contextlib.contextmanager
+    def reaching(self, end: int) -> Iterator[None]:
+        """Write in this block what ends at `end` at most: where that makes the file longer, nobody cuts it off."""
+        with self._growing:
+            self._reaching.append(end)
+        try:
+            yield
+        finally:
+            with self._growing:
+                self._reaching.remove(end)
+                self.refresh_size()
 
     def allocated_size(self) -> int:
         """Return the bytes that the file takes on its disk."""
@@ -174,14 +187,8 @@ class DiskFile:
     def _write_all(self, requests: Sequence[IoRequest], fua: bool) -> None:
         end = max((request.offset + len(request.view) for request in requests), default=0)
         if self.is_regular and end > self.size:
-            with self._growing:
-                self._reaching.append(end)
-            try:
+            with self.reaching(end):
                 self._write_runs(requests, fua)
-            finally:
-                with self._growing:
-                    self._reaching.remove(end)
-                    self.refresh_size()
         else:
             self._write_runs(requests, fua)
 

@@ -76,12 +76,16 @@ class DirectWrite:
     alignment: int
 
     def possible(self) -> bool:
+        """Say whether a write now concerns nobody but the file, and need not wait for it."""
+        return self.place.disk.nowait and self.unnoticed()
+
+    def unnoticed(self) -> bool:
         """Say whether a write now concerns nobody but the file."""
         for nodes in (self.above, self.below):
             for node, _ in nodes:
                 if node.dirty_bitmaps or node.write_threshold or node.ranges.busy:
                     return False
-        return self.place.disk.nowait
+        return True
 
     def written(self, end: int, end_in_file: int) -> None:
         """Note that the highest write ended there."""

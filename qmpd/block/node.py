@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qmpd.block.child import Child
     from qmpd.block.direct import DirectRead
     from qmpd.block.dirty_bitmap import DirtyBitmap
+    from qmpd.block.filling import Filling
     from qmpd.block.graph import Graph
     from qmpd.block.options import NodeOptions
 
@@ -208,6 +209,14 @@ class BlockNode:
         """Say the same of writes: where `locate` finds a range, writing there changes nothing but its data."""
         return None
 
+    async def fill(self, ranges: Sequence[tuple[int, int]]) -> Filling | None:
+        """Say how `ranges` (start, end) of the node, in order and apart, are filled from file to file, room being made
+        for them; None if they are not all empty, or the driver makes no room. Raises OSError.
+
+        Only `block.filling.fill` calls it, which has looked at what else may concern a write.
+        """
+        return None
+
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write every `view` of the batch; the views may be shared and are never changed.
 
@@ -267,7 +276,8 @@ class BlockNode:
         raise OSError(errno.ENOTSUP, "this driver cannot resize")
 
     def child_resized(self) -> None:
-        """Called when the child's size was changed from elsewhere; a window to its end follows."""
+        """Called when the size of what is below, the child or the file itself, was changed from elsewhere; a window to
+        its end follows."""
 
     async def change_backing_file(self, name: str, image_format: str) -> None:
         """Name another backing file in the image, none if `name` is empty; the graph stays as it is.

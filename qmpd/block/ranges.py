@@ -26,7 +26,7 @@ ZERO_CHUNK = 1 * MiB
 _zeroes = memoryview(bytes(ZERO_CHUNK))
 
 
-class _Owned:
+class Owned:
     """A range in flight; `waiters` wake when it ends."""
 
     __slots__ = ("end", "exclusive", "start", "waiters")
@@ -46,7 +46,7 @@ class RangeTable:
     __slots__ = ("_ranges",)
 
     def __init__(self) -> None:
-        self._ranges: list[_Owned] = []
+        self._ranges: list[Owned] = []
 
     @property
     def busy(self) -> bool:
@@ -62,7 +62,7 @@ class RangeTable:
         finally:
             self.release(mine)
 
-    async def acquire(self, wanted: Iterable[tuple[int, int, bool]]) -> list[_Owned]:
+    async def acquire(self, wanted: Iterable[tuple[int, int, bool]]) -> list[Owned]:
         """Own several ranges (start, end, exclusive) at once; `release` what is returned.
 
         All take their place in the order of arrival first and then wait, so that two callers
@@ -70,7 +70,7 @@ class RangeTable:
         conflict among themselves: the caller has separated those that do.
         """
         earlier = list(self._ranges)
-        mine = [_Owned(*one) for one in wanted]
+        mine = [Owned(*one) for one in wanted]
         self._ranges.extend(mine)
         try:
             for one in mine:
@@ -82,14 +82,14 @@ class RangeTable:
             raise
         return mine
 
-    async def _ended(self, other: _Owned) -> None:
+    async def _ended(self, other: Owned) -> None:
         if other.end < 0:
             return
         future = asyncio.get_running_loop().create_future()
         other.waiters.append(future)
         await future
 
-    def release(self, mine: list[_Owned]) -> None:
+    def release(self, mine: list[Owned]) -> None:
         """End the ranges that `acquire` returned."""
         for one in mine:
             self._ranges.remove(one)

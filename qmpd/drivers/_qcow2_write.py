@@ -247,7 +247,7 @@ async def _allocating(image: Image, ready: Batch, plans: dict[int, Plan], backin
         else:
             await _write_file(image, ready)
         if todo:
-            await _link_all(image, todo)
+            await link_all(image, todo)
     finally:
         image.owned.release(mine)
 
@@ -458,7 +458,7 @@ async def give_back(image: Image, plans: list[Plan]) -> None:
                 await image.refcounts.give_back([(plan.host >> image.cluster_bits, plan.count)])
 
 
-async def _link_all(image: Image, plans: list[Plan]) -> None:
+async def link_all(image: Image, plans: list[Plan]) -> None:
     """Let the L2 entries name the new clusters, which are written."""
     lost: list[Plan] = []
     async with image.lock:

@@ -193,6 +193,10 @@ class FileNode(BlockNode):
         await self.disk.pwritev(batch, fua=durable and not self.node_options.cache_no_flush)
         self._grow(max(request.end for request in batch))
 
+    def child_resized(self) -> None:
+        """Notice that the file has become longer."""
+        self._grow(self.disk.size)
+
     def _grow(self, end: int) -> None:
         if end > self.size:
             self.size = align_up(end, SECTOR)

@@ -11,7 +11,7 @@ import errno
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
@@ -56,6 +56,9 @@ from qmpd.formats.qcow2_header import (
 from qmpd.formats.qcow2_snapshot import BITMAP_IN_USE
 from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR
+
+if TYPE_CHECKING:
+    from qmpd.block.filling import Filling
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +227,12 @@ class Qcow2Node(BlockNode):
         if below is None or self.image.encryption is not None:
             return None
         return below.mapped(partial(plain_target, self.image))
+
+    async def fill(self, ranges: Sequence[tuple[int, int]]) -> Filling | None:
+        """Take new clusters for the ranges, if they have none."""
+        from qmpd.drivers._qcow2_fill import begin  # only copies of whole disks need it
+
+        return await begin(self, self.image, ranges)
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write into clusters, allocating those that are missing or shared."""

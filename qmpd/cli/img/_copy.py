@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpd.aio import eager
+from qmpd.aio.copying import available
 from qmpd.block.batch import Batch, Request, WriteFlags
 from qmpd.block.node import BlockNode
 from qmpd.cli.img._status import Stretch, salvaged_stretches, stretches
@@ -23,6 +24,7 @@ from qmpd.units import KiB, MiB, align_down, align_up
 if TYPE_CHECKING:
     from qmpd.block.backend import BlockBackend
     from qmpd.block.throttle_group import ThrottleState
+    from qmpd.cli.img._copy_plain import Piece
     from qmpd.cli.img._progress import Progress
 
 WINDOW = 2 * MiB
@@ -106,7 +108,24 @@ class Copier:
 
     async def run(self) -> None:
         """Copy everything. Raises OSError."""
-        windows = self._windows()
+        if self.zeroes is Zeroes.SKIP and self._is_simple() and available():
+            from qmpd.cli.img._copy_plain import PlainCopier
+
+            others = self._copy_pieces
+            await PlainCopier(self.sources, self.target, self.progress, self.sparse, self.in_order, others).run()
+        else:
+            await self._copy_all(self._windows())
+
+    def _is_simple(self) -> bool:
+        """Say whether only what the sources show now is copied, as fast as can be."""
+        wanted = self.sparse and not self.overlay and self.base is None and not self.compress
+        return bool(wanted) and not self.flags and self.limit is None and self.salvage is None
+
+    async def _copy_pieces(self, pieces: Sequence[Piece]) -> None:
+        await self._copy_all(_piece_windows(pieces))
+
+    async def _copy_all(self, windows: AsyncIterator[_Window]) -> None:
+        self._begun = self._taken = 0
         door = asyncio.Lock()
         async with asyncio.TaskGroup() as group:
             for _ in range(self.parallel):
@@ -260,6 +279,26 @@ class Copier:
                 elif self.zeroes is Zeroes.PUNCH:
                     holes.append((request.offset + start - at + shift, length))
         return writes, holes
+
+
+async def _piece_windows(pieces: Sequence[Piece]) -> AsyncIterator[_Window]:
+    """Cut pieces, which are in order, into windows."""
+    window: _Window | None = None
+    for piece in pieces:
+        at, end = piece.offset, piece.offset + piece.length
+        while at < end:
+            start = align_down(at, WINDOW)
+            stop = min(end, start + WINDOW)
+            if window is not None and (window.source is not piece.source or stop > window.start + WINDOW):
+                yield window
+                window = None
+            if window is None:
+                window = _Window(piece.source, at)
+            window.data.append((at, stop - at))
+            window.end = stop
+            at = stop
+    if window is not None:
+        yield window
 
 
 def _cut(stretch: Stretch, zero_as_data: bool) -> list[Stretch]:
