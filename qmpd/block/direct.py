@@ -16,8 +16,7 @@ nodes run on the data loop, so nothing changes under a call that does not wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from qmpd.aio.disk import DiskFile
@@ -28,8 +27,7 @@ Locate = Callable[[int, int], int]
 """(offset, length) -> where the range starts in the file, or -1 if it is not all there in one piece."""
 
 
-@dataclass(frozen=True, slots=True)
-class DirectRead:
+class DirectRead(NamedTuple):
     """How offsets of a node become offsets of `disk`: add `before`, `locate`, add `after`.
 
     crypto      what decrypts the data, None for none; its own offsets are the node's plus `crypto_at`
@@ -44,7 +42,7 @@ class DirectRead:
 
     def shifted(self, delta: int) -> DirectRead:
         """Return the same for a node that starts `delta` bytes into this one."""
-        return replace(self, before=self.before + delta, crypto_at=self.crypto_at + delta)
+        return self._replace(before=self.before + delta, crypto_at=self.crypto_at + delta)
 
     def mapped(self, locate: Locate) -> DirectRead | None:
         """Return the same for a node that keeps its data here and there; None if that is too much."""
@@ -56,11 +54,10 @@ class DirectRead:
         """Return the same for a node that keeps its data encrypted from `delta` on; None if it is already."""
         if self.crypto is not None or not crypto.direct:
             return None
-        return replace(self, before=self.before + delta, crypto=crypto, crypto_at=0)
+        return self._replace(before=self.before + delta, crypto=crypto, crypto_at=0)
 
 
-@dataclass(frozen=True, slots=True)
-class DirectWrite:
+class DirectWrite(NamedTuple):
     """Where writes to a node end up.
 
     place       how offsets of the node become offsets of the file

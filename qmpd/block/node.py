@@ -11,8 +11,7 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qmpd.block import perm as perms
 from qmpd.block.batch import Batch, WriteFlags
@@ -32,8 +31,7 @@ MAX_REQUEST = 2**31 - 512
 """Bytes in one request at most (BDRV_REQUEST_MAX_BYTES); backends refuse longer ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A stretch of a node with one kind of content.
 
     offset, length   bytes of this node

@@ -38,7 +38,7 @@ GENERIC_MEMBERS = (
 """Members of the BlockdevOptions base: the graph's business, never a driver's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NodeOptions:
     """The base of BlockdevOptions; None where the option was not given (and not inherited).
 

@@ -6,8 +6,7 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from qmpd.version import VERSION
 
@@ -24,8 +23,7 @@ class Subcommand(Protocol):
         """Do the work and return the exit status."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A declared subcommand: its name, the line that `--help` shows, and its class."""
 
     name: str

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpd.block import dirty_bitmap
@@ -137,7 +136,7 @@ async def store_bitmaps(image: Image, node: BlockNode) -> None:
                     entries.append(entry)
                 else:
                     replaced.append(entries[at])
-                    entries[at] = replace(entry, encoded=entries[at].encoded)
+                    entries[at] = entry._replace(encoded=entries[at].encoded)
             await _write_directory(image, entries)
         except BaseException:
             if not image.dead:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from qmpd.drivers import _qcow2_repair as repair
 from qmpd.drivers._qcow2_image import Image
@@ -73,7 +73,7 @@ class Counts:
         return last + 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class CheckResult:
     """What a check found and mended; the members of ImageCheck. Offsets in bytes."""
 
@@ -160,7 +160,7 @@ async def _check_snapshots(image: Image, result: CheckResult, *, fix: bool) -> N
     for at in short:
         result.say(f"{'Repairing' if fix else 'ERROR'} snapshot table entry {at} is incomplete")
     if fix and short:
-        await write_list(image, [replace(one, disk_size=one.disk_size or image.header.size) for one in image.snapshots])
+        await write_list(image, [one._replace(disk_size=one.disk_size or image.header.size) for one in image.snapshots])
         result.corruptions_fixed += len(short)
     else:
         result.corruptions += len(short)

@@ -18,7 +18,6 @@ import struct
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpd.block.batch import Batch, Request, WriteFlags
@@ -252,7 +251,7 @@ class Image:
                 flags = struct.pack(">I", bitmap.flags | BITMAP_IN_USE)
                 await self.file.pwrite(place.directory_offset + bitmap.at + FLAGS_OFFSET, flags)
             await self.file.flush()
-            self.bitmaps = [replace(bitmap, flags=bitmap.flags | BITMAP_IN_USE) for bitmap in self.bitmaps]
+            self.bitmaps = [bitmap._replace(flags=bitmap.flags | BITMAP_IN_USE) for bitmap in self.bitmaps]
             self.bitmaps_fresh = False
 
     # --- requests in flight -----------------------------------------------------------------

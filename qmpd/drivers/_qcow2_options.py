@@ -45,7 +45,7 @@ _TEMPLATES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Qcow2Options:
     """BlockdevOptionsQcow2; None where the image or the node decides. Sizes in bytes, times in s."""
 
@@ -66,7 +66,7 @@ class Qcow2Options:
     data_file: Child | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Settings:
     """The options resolved for one image.
 

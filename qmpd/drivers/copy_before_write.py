@@ -11,7 +11,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from qmpd.block import dirty_bitmap
@@ -284,8 +284,8 @@ class CopyBeforeWriteNode(FilterNode):
             self._check_accessible(offset, end)
         for at, size, done in list(self.done.runs(offset, end)):
             for extent in await (self.target if done else self.file).block_status(at, size):
-                whole = extent if extent.allocated else replace(extent, data=True, zero=False, host=None, file=None)
-                found.append(replace(whole, allocated=True))
+                whole = extent if extent.allocated else extent._replace(data=True, zero=False, host=None, file=None)
+                found.append(whole._replace(allocated=True))
         if end < offset + length:
             start = max(offset, end)
             found.append(Extent(start, offset + length - start, data=False, zero=True))

@@ -25,7 +25,7 @@ from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR, align_up
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FileOptions:
     """BlockdevOptionsFile; `aio` and the cache checks have no effect on how we do I/O."""
 

@@ -25,7 +25,7 @@ _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FileCreateOptions:
     """BlockdevCreateOptionsFile.
 

@@ -21,7 +21,7 @@ from qmpd.qapi.registry import creator
 from qmpd.units import KiB
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Qcow2CreateOptions:
     """BlockdevCreateOptionsQcow2; `file` is a reference to the node the image is made on. Sizes in bytes."""
 

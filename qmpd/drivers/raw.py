@@ -6,7 +6,7 @@ Options: BlockdevOptionsRaw (qapi/block-drivers.json). Messages: as the referenc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qmpd.block.backend import check_length
@@ -21,7 +21,7 @@ from qmpd.qapi.registry import driver
 from qmpd.units import SECTOR, align_up
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RawOptions:
     """BlockdevOptionsRaw.
 
@@ -133,7 +133,7 @@ class RawNode(BlockNode):
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         """Report what the child has there."""
         found = await self.file.block_status(self.start + offset, length)
-        return [replace(extent, offset=extent.offset - self.start) for extent in found]
+        return [extent._replace(offset=extent.offset - self.start) for extent in found]
 
     def image_info(self) -> dict[str, Any]:
         """What the child says of its clusters; a raw node has no format of its own."""

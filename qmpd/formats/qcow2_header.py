@@ -93,7 +93,7 @@ assert _V2.size == V2_LENGTH
 assert V2_LENGTH + _V3.size == V3_LENGTH
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BitmapsExtension:
     """Where the directory of persistent bitmaps lies: bytes, and bytes of length."""
 
@@ -102,7 +102,7 @@ class BitmapsExtension:
     directory_offset: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Header:
     """The header of an image, in the specification's words; sizes and offsets in bytes.
 

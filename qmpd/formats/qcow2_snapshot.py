@@ -6,7 +6,7 @@ Source: docs/interop/qcow2.txt of QEMU, sections "Snapshots" and "Bitmaps".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from qmpd.errors import CommandError
 from qmpd.formats.qcow2 import SNAPSHOT_HEADER_SIZE
@@ -43,8 +43,7 @@ _BITMAP = struct.Struct(">QIIBBHI")
 assert _SNAPSHOT.size == SNAPSHOT_HEADER_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """An internal snapshot; sizes in bytes, l1_size in entries, icount None if not recorded.
 
     encoded   identifier and name as they are stored     unknown_extra  extra data behind what we know
@@ -136,8 +135,7 @@ def pack_snapshots(snapshots: list[Snapshot], size: int) -> bytes:
     return bytes(data)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBitmap:
+class StoredBitmap(NamedTuple):
     """An entry of the bitmap directory.
 
     at     byte offset of the entry in the directory     table_size  entries of its table
@@ -217,7 +215,7 @@ def pack_bitmap_directory(entries: list[StoredBitmap]) -> tuple[bytes, list[Stor
     data = b""
     placed = []
     for one in entries:
-        placed.append(replace(one, at=len(data)))
+        placed.append(one._replace(at=len(data)))
         fields = (one.table_offset, one.table_size, one.flags, one.kind, one.granularity_bits, len(one.encoded), 0)
         data += _BITMAP.pack(*fields) + one.encoded
         data = data.ljust(align_up(len(data), 8), b"\0")

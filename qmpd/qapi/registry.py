@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 PLUGIN_PACKAGES = ("drivers", "objects", "exports", "jobtypes", "devices", "commands")
 
@@ -20,16 +20,14 @@ T = TypeVar("T")
 Handler = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class CommandEntry:
+class CommandEntry(NamedTuple):
     """A QMP command: its wire name and `async def handler(ctx, *, snake_case_arguments)`."""
 
     name: str
     handler: Handler
 
 
-@dataclass(frozen=True, slots=True)
-class ClassEntry:
+class ClassEntry(NamedTuple):
     """A driver, object type, export type, job type, device or kind of endpoint: a class behind a schema entry.
 
     name     the tag on the wire ("qcow2", "secret", "virtio-blk-pci")
@@ -44,7 +42,7 @@ class ClassEntry:
     options: type[Any] | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Registry:
     """Everything that was declared, by kind and wire name."""
 

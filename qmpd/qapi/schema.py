@@ -120,7 +120,7 @@ def load_file(path: Path, files: dict[Path, _File] | None = None) -> Schema:
     return schema
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _File:
     """One file as read: its own entities, and the includes between them, in order."""
 

@@ -7,9 +7,8 @@ that name, its parent type is the nearest such base class. Texts are those of QE
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qmpd.errors import CommandError
 
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from qmpd.qom.tree import ObjectTree
 
 
-@dataclass(frozen=True, slots=True)
-class Property:
+class Property(NamedTuple):
     """One property of a type.
 
     type     the name QEMU shows ("string", "int", "bool", an enum or struct name, "link<T>")

@@ -15,7 +15,7 @@ from qmpd.qapi.registry import Registry
 from qmpd.qom.object import Container, Property, QomObject, type_chain, type_properties
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TypeInfo:
     """One type.
 

@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.aio import eager
 from qmpd.aio.copying import available
@@ -55,15 +55,14 @@ class Zeroes(enum.Enum):
     WRITE = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """An input and the place of its first byte in the output."""
 
     backend: BlockBackend
     start: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Window:
     """A part of the output, at most WINDOW bytes of data in it, from one source.
 
@@ -77,7 +76,7 @@ class _Window:
     end: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Copier:
     """One copy.
 

@@ -51,7 +51,7 @@ class Piece(NamedTuple):
         return first, Piece(self.source, self.offset + length, self.at + length, rest, self.disk, self.place + length)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PlainCopier:
     """A copy of `sources` into `target`, which is zero now.
 

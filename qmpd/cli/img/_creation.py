@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpd.cli.image import make_image
 from qmpd.cli.img import _opts
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 MAX_SIZE = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """One option of -o.
 
     kind     "str", "size", "num" or "bool"           member   its name in BlockdevCreateOptions
@@ -132,7 +131,7 @@ def print_help(shop: Workshop, image_format: str, *, with_file: bool) -> None:
         print("\nThe file below the format may take further options.\nName a target to see those as well.")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """An image that is to be made.
 

@@ -53,7 +53,7 @@ def parse_size(name: str, text: str) -> int:
     return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cache:
     """A cache mode; writethrough: every write is made durable at once."""
 
@@ -72,7 +72,7 @@ CACHES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Wish:
     """How an image is to be opened.
 

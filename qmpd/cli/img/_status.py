@@ -18,7 +18,7 @@ CLUSTERS_AT_ONCE = 16384
 """Clusters that one look covers at most, so that a list of extents stays small whatever the cluster size."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Stretch:
     """Bytes [start, start + length) of an image, of one kind; sizes in bytes.
 
