@@ -28,7 +28,8 @@ $(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard qmpd/*/_*_buil
 	echo "Setting up $(VENV) with $$($$python --version)"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	    --config-settings editable_mode=compat -e .
 	@touch $@
 
 demo: $(STAMP)

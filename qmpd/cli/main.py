@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from qmpd.errors import QmpdError
 
@@ -47,3 +48,24 @@ def img_main(argv: Sequence[str] | None = None) -> int:
     from qmpd.cli.img import _program
 
     return _program.main(argv)
+
+
+def img_program() -> NoReturn:
+    """Run qmpd-img as the whole process.
+
+    Everything it had open is closed and flushed then, so the process ends at once: taking the interpreter apart, module
+    by module, would take longer than many of its commands.
+    """
+    try:
+        status = img_main()
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        status = end.code or 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            status = status or 1
+    os._exit(status)

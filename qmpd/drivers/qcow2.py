@@ -2,7 +2,8 @@
 
 Options: BlockdevOptionsQcow2 (qapi/block-drivers.json). The parts: `_qcow2_open` checks and
 opens, `_qcow2_image` holds the metadata and its order on disk, `_qcow2_map`, `_read`, `_write`
-and `_zero` serve the guest, `_check` repairs, `_create` makes images. Messages: as the reference.
+and `_zero` serve the guest, `_check` repairs, `_create` makes images; what most images never need is
+imported when it is. Messages: as the reference.
 """
 
 from __future__ import annotations
@@ -20,26 +21,12 @@ from qmpd.block.node import BlockNode, Extent
 from qmpd.block.options import OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.crypto.secretbytes import SecretBytes
-from qmpd.drivers._qcow2_amend import change_refcount_bits, downgrade, forget_raw, upgrade
-from qmpd.drivers._qcow2_backing import change_backing, make_empty, name_data_file, set_lazy
-from qmpd.drivers._qcow2_bitmaps import (
-    check_resizable,
-    check_storing,
-    load_bitmaps,
-    remove_bitmap,
-    store_bitmaps,
-)
-from qmpd.drivers._qcow2_check import CheckResult, check_image
-from qmpd.drivers._qcow2_compressed import write_compressed
 from qmpd.drivers._qcow2_holes import looks_preallocated, with_holes
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import Run, map_range, plain_run, plain_target
-from qmpd.drivers._qcow2_mark import identity, mark
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
 from qmpd.drivers._qcow2_options import Qcow2Options
 from qmpd.drivers._qcow2_read import read_batch
-from qmpd.drivers._qcow2_resize import resize
-from qmpd.drivers._qcow2_snapshots import apply_named, create_snapshot, delete_named, show_snapshot
 from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
 from qmpd.errors import CommandError
@@ -59,6 +46,7 @@ from qmpd.units import SECTOR
 
 if TYPE_CHECKING:
     from qmpd.block.filling import Filling
+    from qmpd.drivers._qcow2_check import CheckResult
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +96,8 @@ class Qcow2Node(BlockNode):
         self.backing_file = header.backing_file.decode("utf-8", "surrogateescape") or None
         self.backing_format = header.backing_format.decode("utf-8", "surrogateescape") or None
         if image.bitmaps and not check and OpenFlags.NO_IO not in self.graph.open_flags:
+            from qmpd.drivers._qcow2_bitmaps import load_bitmaps
+
             await load_bitmaps(image, self)
 
     def late_filename(self, name: str) -> str | None:
@@ -165,6 +155,8 @@ class Qcow2Node(BlockNode):
 
     async def _repair(self) -> None:
         """Repair an image whose refcounts were not written back, and mark it clean."""
+        from qmpd.drivers._qcow2_check import check_image
+
         try:
             result = await check_image(self.image, fix_leaks=True, fix_errors=True)
         except OSError as error:
@@ -187,7 +179,10 @@ class Qcow2Node(BlockNode):
         """Write what is in memory and mark the image clean, unless it was not opened that far."""
         self.image.writable &= self._ready
         try:
-            await store_bitmaps(self.image, self)
+            if self.dirty_bitmaps:
+                from qmpd.drivers._qcow2_bitmaps import store_bitmaps
+
+                await store_bitmaps(self.image, self)
         except (OSError, CommandError) as error:
             log.error("Lost persistent bitmaps during inactivation of node '%s': %s", self.name, error)
         try:
@@ -237,6 +232,8 @@ class Qcow2Node(BlockNode):
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write into clusters, allocating those that are missing or shared."""
         if flags and flags & WriteFlags.COMPRESSED:
+            from qmpd.drivers._qcow2_compressed import write_compressed
+
             await write_compressed(self.image, batch, self._backing(), self.size)
         else:
             await write_batch(self.image, batch, self._backing(), self.size)
@@ -308,31 +305,46 @@ class Qcow2Node(BlockNode):
 
     async def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Grow or shrink the guest disk; what is new reads as zeroes."""
+        from qmpd.drivers._qcow2_bitmaps import check_resizable
+        from qmpd.drivers._qcow2_resize import resize
+
         check_resizable(self.image, self)
         self.size = await resize(self.image, size, self.size, self._backing(), preallocation, exact=exact)
 
     async def change_backing_file(self, name: str, image_format: str) -> None:
         """Name another backing file in the image, none if `name` is empty. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_backing import change_backing
+
         await change_backing(self.image, name.encode("utf-8", "surrogateescape"), image_format.encode())
 
     async def set_lazy_refcounts(self, lazy: bool) -> None:
         """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_backing import set_lazy
+
         await set_lazy(self.image, lazy)
 
     async def snapshot_create(self, name: str, *, vm_clock: int = 0, icount: int | None = 0) -> None:
         """Make an internal snapshot; nothing uses the node meanwhile. Raises OSError."""
+        from qmpd.drivers._qcow2_snapshots import create_snapshot
+
         await create_snapshot(self.image, name, vm_clock=vm_clock, icount=icount)
 
     async def snapshot_apply(self, tag: str) -> None:
         """Make the disk show again what it did in a snapshot. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_snapshots import apply_named
+
         self.size = await apply_named(self.image, self, tag)
 
     async def snapshot_show(self, identifier: str, name: str) -> None:
         """Show a snapshot from now on; the node is read-only. Raises OSError."""
+        from qmpd.drivers._qcow2_snapshots import show_snapshot
+
         await show_snapshot(self.image, identifier, name)
 
     async def snapshot_delete(self, name: str, identifier: str | None = None) -> None:
         """Forget an internal snapshot. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_snapshots import delete_named
+
         await delete_named(self.image, name, identifier)
 
     @property
@@ -342,25 +354,35 @@ class Qcow2Node(BlockNode):
 
     def check_storing_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a bitmap for which the image has no place."""
+        from qmpd.drivers._qcow2_bitmaps import check_storing
+
         check_storing(self.image, self, name, granularity)
 
     async def remove_stored_bitmap(self, name: str) -> None:
         """Take a persistent bitmap out of the image."""
+        from qmpd.drivers._qcow2_bitmaps import remove_bitmap
+
         await remove_bitmap(self.image, name)
 
     @property
     def payload_id(self) -> bytes:
         """The id by which a LUKS header knows the image, b"" if it has none."""
+        from qmpd.drivers._qcow2_mark import identity
+
         return identity(self.image)
 
     async def set_payload_id(self, identity: bytes) -> None:
         """Give the image an id, which QEMU keeps. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_mark import mark
+
         if self.read_only:
             raise CommandError("Block node is read-only")
         await mark(self.image, identity)
 
     async def set_version(self, version: int) -> None:
         """Make the image one of version 2 or 3; no request uses the node. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_amend import downgrade, upgrade
+
         if version == 2:
             await downgrade(self.image, self._backing(), self.size)
             self.dirty_bitmaps[:] = [one for one in self.dirty_bitmaps if not one.persistent]
@@ -369,18 +391,26 @@ class Qcow2Node(BlockNode):
 
     async def set_refcount_bits(self, bits: int) -> None:
         """Change the width of the refcounts; no request uses the node. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_amend import change_refcount_bits
+
         await change_refcount_bits(self.image, bits)
 
     async def forget_raw_data_file(self) -> None:
         """Give up that the data file is valid as a raw image. Raises OSError."""
+        from qmpd.drivers._qcow2_amend import forget_raw
+
         await forget_raw(self.image)
 
     async def set_data_file_name(self, name: str) -> None:
         """Name another external data file in the image, none if `name` is empty. Raises CommandError, OSError."""
+        from qmpd.drivers._qcow2_backing import name_data_file
+
         await name_data_file(self.image, name.encode("utf-8", "surrogateescape"))
 
     async def make_empty(self) -> None:
         """Give up everything that this layer holds."""
+        from qmpd.drivers._qcow2_backing import make_empty
+
         await make_empty(self.image, self.size)
 
     async def amend(self, options: Mapping[str, Any], *, force: bool) -> None:
@@ -393,6 +423,8 @@ class Qcow2Node(BlockNode):
 
     async def check(self, *, fix_leaks: bool, fix_errors: bool) -> CheckResult:
         """Compare refcounts and flags with what refers to each cluster, and mend them."""
+        from qmpd.drivers._qcow2_check import check_image
+
         return await check_image(self.image, fix_leaks=fix_leaks, fix_errors=fix_errors)
 
     # --- descriptions -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import zlib
 from typing import Any
@@ -17,7 +18,9 @@ _WRITE_WINDOW_BITS = -12
 _MEMORY_LEVEL = 9
 
 
-def _find_zstd() -> Any:
+@functools.cache
+def _zstd() -> Any:
+    """Return the module for zstd, None if there is none; looked for when the first image needs it."""
     for name in ("compression.zstd", "backports.zstd"):
         try:
             return importlib.import_module(name)
@@ -26,13 +29,13 @@ def _find_zstd() -> Any:
     return None
 
 
-_zstd = _find_zstd()
-_DAMAGED: tuple[type[Exception], ...] = (zlib.error,) if _zstd is None else (zlib.error, _zstd.ZstdError)
+def _damage(kind: int) -> type[Exception]:
+    return zlib.error if kind == ZLIB else _zstd().ZstdError
 
 
 def can_decompress(kind: int) -> bool:
     """Say whether clusters of this compression type can be read here."""
-    return kind == ZLIB or (kind == ZSTD and _zstd is not None)
+    return kind == ZLIB or (kind == ZSTD and _zstd() is not None)
 
 
 def compress(kind: int, data: bytes | bytearray | memoryview, limit: int) -> bytes | None:
@@ -42,7 +45,7 @@ def compress(kind: int, data: bytes | bytearray | memoryview, limit: int) -> byt
         packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WRITE_WINDOW_BITS, _MEMORY_LEVEL)
         packed = packer.compress(data) + packer.flush()
     else:
-        packed = _zstd.compress(data)
+        packed = _zstd().compress(data)
     return packed if len(packed) <= limit else None
 
 
@@ -56,7 +59,7 @@ def decompress(kind: int, data: bytes | bytearray | memoryview, size: int) -> by
             cluster = zlib.decompressobj(_WINDOW_BITS).decompress(data, size)
         else:
             cluster = _decompress_zstd(data, size)
-    except _DAMAGED as error:
+    except _damage(kind) as error:
         raise ValueError(f"compressed cluster is damaged: {error}") from error
     if len(cluster) != size:
         raise ValueError(f"compressed cluster holds {len(cluster)} bytes, expected {size}")
@@ -65,7 +68,7 @@ def decompress(kind: int, data: bytes | bytearray | memoryview, size: int) -> by
 
 def _decompress_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
     """Decompress one frame; it may come in several pieces even where all input is there."""
-    decoder = _zstd.ZstdDecompressor()
+    decoder = _zstd().ZstdDecompressor()
     cluster: bytes = decoder.decompress(bytes(data), size)
     while len(cluster) < size and not decoder.eof and not decoder.needs_input:
         cluster += decoder.decompress(b"", size - len(cluster))

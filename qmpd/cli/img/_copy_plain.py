@@ -1,12 +1,13 @@
 """Copying what is stored plainly: from file to file, without a way through the graph for each piece.
 
 A source that keeps its bytes in files (raw, qcow2 that is neither compressed nor encrypted) and a target that is
-empty and makes room for them need no more of the graph than to know where things are. Everything else is handed back,
-to be copied window by window.
+empty and makes room for them need no more of the graph than to know where things are. While one step is being copied
+the next one is prepared. Everything else is handed back, to be copied window by window.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ from qmpd.units import MiB, align_down
 if TYPE_CHECKING:
     from qmpd.aio.disk import DiskFile
     from qmpd.block.backend import BlockBackend
+    from qmpd.block.filling import Filling
     from qmpd.block.node import BlockNode
     from qmpd.cli.img._copy import Source
     from qmpd.cli.img._progress import Progress
@@ -68,18 +70,25 @@ class PlainCopier:
     _files: dict[BlockNode, tuple[DiskFile, int] | None] = field(default_factory=dict)
     _pieces: list[Piece] = field(default_factory=list)
     _pool: BufferPool = field(default_factory=BufferPool)
+    _running: asyncio.Future[None] | None = None
     _size: int = 0
     _passed: int = 0
 
     async def run(self) -> None:
         """Copy everything. Raises OSError."""
-        for source in self.sources:
-            async for piece in self._extents(source):
-                self._pieces.append(piece)
-                self._size += piece.length
-                if self._size >= AT_ONCE or len(self._pieces) >= PIECES_AT_ONCE:
-                    await self._step(align_down(piece.at + piece.length, BORDER))
-        await self._step(None)
+        try:
+            for source in self.sources:
+                async for piece in self._extents(source):
+                    self._pieces.append(piece)
+                    self._size += piece.length
+                    if self._size >= AT_ONCE or len(self._pieces) >= PIECES_AT_ONCE:
+                        await self._step(align_down(piece.at + piece.length, BORDER))
+            await self._settle()  # the last step fills what the others left free
+            await self._step(None)
+            await self._settle()
+        finally:
+            if self._running is not None:
+                await asyncio.gather(self._running, return_exceptions=True)
 
     async def _extents(self, source: Source) -> AsyncIterator[Piece]:
         """Yield what is data, in pieces of AT_ONCE bytes at most."""
@@ -114,16 +123,31 @@ class PlainCopier:
             later.reverse()
         self._pieces, self._size = later, sum(piece.length for piece in later)
         plain = [Part(one.at, one.length, one.place, one.disk) for one in pieces if one.disk is not None]
-        if plain and await self._filled(plain):
-            self._passed += sum(part.length for part in plain)
+        filling = await self._filling(plain) if plain else None
+        if filling is not None:
             pieces = [one for one in pieces if one.disk is None]
+            before, self._running = self._running, asyncio.ensure_future(self._fill(filling, plain))
+            if before is not None:
+                await before
         self.progress.add(self._passed)
         self._passed = 0
         if pieces:
+            await self._settle()
             await self.others(pieces)
 
-    async def _filled(self, parts: list[Part]) -> bool:
-        """Copy parts from file to file; False if the target does not let us. Raises OSError."""
+    async def _settle(self) -> None:
+        """Wait for the step that is being copied. Raises OSError."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            await running
+
+    async def _fill(self, filling: Filling, parts: list[Part]) -> None:
+        grain = max(self.sparse, filling.grain)
+        await filling.fill(parts, grain=grain, in_order=self.in_order, pool=self._pool)
+        self.progress.add(sum(part.length for part in parts))
+
+    async def _filling(self, parts: list[Part]) -> Filling | None:
+        """Return what takes the parts from file to file; None if the target does not let us. Raises OSError."""
         node = self.target.node
         assert node is not None
         ranges: list[tuple[int, int]] = []
@@ -133,14 +157,10 @@ class PlainCopier:
             else:
                 ranges.append((part.at, part.at + part.length))
         filling = await fill(node, ranges)
-        if filling is None:
-            return False
-        grain = max(self.sparse, filling.grain)
-        if grain % filling.grain:
+        if filling is not None and max(self.sparse, filling.grain) % filling.grain:
             await filling.give_up()
-            return False
-        await filling.fill(parts, grain=grain, in_order=self.in_order, pool=self._pool)
-        return True
+            return None
+        return filling
 
 
 def _all_direct(node: BlockNode) -> bool:
