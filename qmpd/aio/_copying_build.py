@@ -151,10 +151,13 @@ static int fill(int fd, uint8_t *to, uint64_t length, uint64_t from)
     return 0;
 }
 
+/* Larger writes make the kernel look for larger pages, for longer than they save. */
+enum { PIECE = 512 << 10 };
+
 static int store(int fd, const uint8_t *data, uint64_t length, uint64_t place)
 {
     while (length) {
-        ssize_t put = pwrite(fd, data, length, (off_t)place);
+        ssize_t put = pwrite(fd, data, length < PIECE ? length : PIECE, (off_t)place);
         if (put < 0 && errno == EINTR)
             continue;
         if (put <= 0)

@@ -14,16 +14,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpd.aio.pool import BufferPool, in_disk_thread
-from qmpd.units import KiB, align_up
+from qmpd.units import MiB, align_up
 
 if TYPE_CHECKING:
     from qmpd.aio.disk import DiskFile
 
-WINDOW = 512 * KiB
-"""Bytes that a thread reads before it writes: they stay in the cache of its processor."""
+WINDOW = 1 * MiB
+"""Bytes that a thread reads before it writes: few enough to stay in the cache of its processor."""
 
-THREADS = 4
-"""Threads of one copy: two for each processor of a small machine, as they wait for a disk at times."""
+THREADS = min(max(os.cpu_count() or 1, 2), 4)
+"""Threads of one copy. More would wait for each other: the kernel lets one at a time write to a file."""
 
 
 def _load() -> Any | None:

@@ -8,7 +8,6 @@ Model: BdrvDirtyBitmap and HBitmap (QEMU block/dirty-bitmap.c, util/hbitmap.c).
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -181,6 +180,8 @@ class DirtyBitmap:
 
     def sha256(self) -> str:
         """Return the digest, in hexadecimal, of the whole serialised bitmap."""
+        import hashlib
+
         digest = hashlib.sha256()
         left = self.serialized_length
         number = 0

@@ -40,7 +40,7 @@ class Filling(Protocol):
         """End it without a copy."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class InPlace:
     """Ranges whose bytes have their place in a file already."""
 

@@ -7,7 +7,7 @@ Model: block.c and blockdev.c of QEMU.
 from __future__ import annotations
 
 import logging
-import random
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ class Graph:
 
     def _generate(self) -> str:
         while True:
-            name = f"#block{self._generated}{random.randrange(100):02}"
+            name = f"#block{self._generated}{int.from_bytes(os.urandom(4)) % 100:02}"
             self._generated += 1
             if name not in self._nodes and name not in self._reserved:
                 return name

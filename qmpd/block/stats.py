@@ -31,7 +31,7 @@ class Histogram:
         self.bins[bisect_right(self.boundaries, elapsed)] += count
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class AccountedStats:
     """Operations, bytes and nanoseconds since the backend was made.
 

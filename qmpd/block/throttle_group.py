@@ -21,7 +21,7 @@ from qmpd.qom.protocols import Throttler
 from qmpd.qom.tree import ObjectTree
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Bucket:
     """One limit.
 

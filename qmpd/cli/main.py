@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ def img_program() -> NoReturn:
     Everything it had open is closed and flushed then, so the process ends at once: taking the interpreter apart, module
     by module, would take longer than many of its commands.
     """
+    gc.set_threshold(20_000)  # what is imported stays: looking for rubbish in it again and again finds none
     try:
         status = img_main()
     except SystemExit as end:

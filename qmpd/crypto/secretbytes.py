@@ -8,7 +8,6 @@ cannot be wiped; what this prevents is a leak through logs, error texts, dumps a
 from __future__ import annotations
 
 import ctypes
-import hmac
 import logging
 import mmap
 from types import TracebackType
@@ -65,12 +64,14 @@ class SecretBytes:
 
     def __eq__(self, other: object) -> bool:
         """Compare in constant time with another secret, or with plain bytes."""
+        from hmac import compare_digest  # brings in all of hashlib, and most programs never compare secrets
+
         if isinstance(other, SecretBytes):
             with self.view() as mine, other.view() as theirs:
-                return hmac.compare_digest(mine, theirs)
+                return compare_digest(mine, theirs)
         if isinstance(other, bytes | bytearray | memoryview):
             with self.view() as mine:
-                return hmac.compare_digest(mine, other)
+                return compare_digest(mine, other)
         return NotImplemented
 
     __hash__ = None  # type: ignore[assignment]

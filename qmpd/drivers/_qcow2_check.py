@@ -73,7 +73,7 @@ class Counts:
         return last + 1
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class CheckResult:
     """What a check found and mended; the members of ImageCheck. Offsets in bytes."""
 

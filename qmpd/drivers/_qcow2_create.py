@@ -47,7 +47,7 @@ WRITE_CHUNK = 1 * MiB
 """Bytes written at once where tables or zeroes are long."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _Layout:
     """Counts and first numbers of clusters."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qmpd.block.ranges import Owned
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Qcow2Filling:
     """Room taken for guest clusters that have no entry.
 

@@ -66,7 +66,7 @@ class Qcow2Options:
     data_file: Child | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Settings:
     """The options resolved for one image.
 

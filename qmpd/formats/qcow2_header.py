@@ -102,7 +102,7 @@ class BitmapsExtension:
     directory_offset: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Header:
     """The header of an image, in the specification's words; sizes and offsets in bytes.
 

@@ -213,7 +213,9 @@ def _marked(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write or check the reference page; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m qmpd.qapi.doc", description=__doc__.partition("\n")[0])
-    parser.add_argument("output", nargs="?", type=Path, default=schema_directory().parent / "docs/qmp-reference.md")
+    parser.add_argument(
+        "output", nargs="?", type=Path, default=Path(schema_directory()).parent / "docs/qmp-reference.md"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the page is out of date")
     options = parser.parse_args(arguments)
     text = reference(load(SYSTEM_ROOT), load(STORAGE_DAEMON_ROOT))

@@ -32,7 +32,7 @@ class SchemaError(Exception):
     """A schema text that breaks the language's rules; the text begins with FILE:LINE."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Module:
     """One file of the schema.
 
@@ -66,7 +66,7 @@ class EnumValue(NamedTuple):
     features: tuple[str, ...] = ()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Entity:
     """What types, commands and events have in common.
 
@@ -97,7 +97,7 @@ class Entity:
         return "" if self.doc is None else self.module.text[self.doc[0] : self.doc[1]]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class EnumType(Entity):
     """An enumeration."""
 
@@ -109,7 +109,7 @@ class EnumType(Entity):
         return tuple(value.name for value in self.values)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class ObjectType(Entity):
     """A struct or a union.
 
@@ -127,7 +127,7 @@ class ObjectType(Entity):
     implicit: bool = False
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class AlternateType(Entity):
     """A type whose JSON type selects among its branches (branch name -> type name)."""
 
@@ -137,7 +137,7 @@ class AlternateType(Entity):
 SchemaType = EnumType | ObjectType | AlternateType
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Command(Entity):
     """A QMP command.
 
@@ -157,7 +157,7 @@ class Command(Entity):
     success_response: bool = True
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Event(Entity):
     """An event; `data` names the object type of its members, None if it has none."""
 

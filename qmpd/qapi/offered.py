@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qmpd.qapi.registry import PLUGIN_PACKAGES, Registry, registry
@@ -40,11 +40,13 @@ def declared(packages: tuple[str, ...] = PLUGIN_PACKAGES) -> dict[str, dict[str,
     A name counts if the decorator begins its line and the name stands in it as a plain string.
     """
     tables: dict[str, dict[str, str]] = {table: {} for table in TABLES.values()}
-    root = Path(__file__).resolve().parent.parent
+    root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     for package in packages:
-        for path in sorted((root / package).glob("[!_]*.py"), key=lambda one: one.stem):
-            for decorator, name in _DECLARATION.findall(path.read_text(encoding="utf-8")):
-                tables[TABLES[decorator]][name] = f"qmpd.{package}.{path.stem}"
+        folder = os.path.join(root, package)
+        for module in sorted(file[:-3] for file in os.listdir(folder) if file.endswith(".py") and file[0] != "_"):
+            with open(os.path.join(folder, f"{module}.py"), encoding="utf-8") as source:
+                for decorator, name in _DECLARATION.findall(source.read()):
+                    tables[TABLES[decorator]][name] = f"qmpd.{package}.{module}"
     return tables
 
 

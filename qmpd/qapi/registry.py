@@ -42,7 +42,7 @@ class ClassEntry(NamedTuple):
     options: type[Any] | None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Registry:
     """Everything that was declared, by kind and wire name."""
 

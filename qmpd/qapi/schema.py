@@ -11,9 +11,9 @@ JSON decoder: positions stay those of the file, and a whole root takes a few mil
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from qmpd.qapi.ir import (
@@ -87,15 +87,15 @@ class Schema:
         return (*self.members(found.base), *found.members) if found.base else found.members
 
 
-def schema_directory() -> Path:
+def schema_directory() -> str:
     """Return the folder of the schema: package data of an installed wheel, else the checkout's."""
-    package = Path(__file__).resolve().parent.parent
-    data = package / "_qapi"
-    return data if data.is_dir() else package.parent / "qapi"
+    package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    data = os.path.join(package, "_qapi")
+    return data if os.path.isdir(data) else os.path.join(os.path.dirname(package), "qapi")
 
 
 _loaded: dict[str, Schema] = {}
-_files: dict[Path, _File] = {}
+_files: dict[str, _File] = {}
 
 
 def load(root: str) -> Schema:
@@ -105,40 +105,40 @@ def load(root: str) -> Schema:
     begins with the file and the line.
     """
     if root not in _loaded:
-        _loaded[root] = load_file(schema_directory() / root, _files)
+        _loaded[root] = load_file(os.path.join(schema_directory(), root), _files)
     return _loaded[root]
 
 
-def load_file(path: Path, files: dict[Path, _File] | None = None) -> Schema:
+def load_file(path: str | os.PathLike[str], files: dict[str, _File] | None = None) -> Schema:
     """Read a root file and what it includes. Raises SchemaError, also for a missing file.
 
     files  files read before, added to
     """
-    schema = Schema(path.name)
-    _Loader(schema, {} if files is None else files).include(path, None)
+    schema = Schema(os.path.basename(path))
+    _Loader(schema, {} if files is None else files).include(os.fspath(path), None)
     _check_references(schema)
     return schema
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _File:
     """One file as read: its own entities, and the includes between them, in order."""
 
     module: Module
-    items: list[Entity | tuple[Path, str]] = field(default_factory=list)
+    items: list[Entity | tuple[str, str]] = field(default_factory=list)
 
 
 class _Loader:
     """Adds files to a schema, each once, in the order of their includes."""
 
-    def __init__(self, schema: Schema, files: dict[Path, _File]) -> None:
+    def __init__(self, schema: Schema, files: dict[str, _File]) -> None:
         self.schema, self.files = schema, files
-        self.seen: set[Path] = set()
+        self.seen: set[str] = set()
         self.entities: dict[str, Entity] = {}
 
-    def include(self, path: Path, wanted_at: str | None) -> None:
+    def include(self, path: str, wanted_at: str | None) -> None:
         """Add the file at `path`, unless it has been; `wanted_at` is the place of the include."""
-        path = path.resolve()
+        path = os.path.realpath(path)
         if path in self.seen:
             return
         self.seen.add(path)
@@ -164,13 +164,15 @@ class _Loader:
             self.schema.types[entity.name] = entity
 
 
-def _read(path: Path, wanted_at: str | None) -> _File:
+def _read(path: str, wanted_at: str | None) -> _File:
     """Return what a file says. Raises SchemaError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as source:
+            text = source.read()
     except OSError as error:
-        raise SchemaError(f"{wanted_at or path}: cannot read '{path.name}': {error.strerror}") from error
-    module = Module(f"{path.parent.name}/{path.name}", text)
+        name = os.path.basename(path)
+        raise SchemaError(f"{wanted_at or path}: cannot read '{name}': {error.strerror}") from error
+    module = Module("/".join(path.split(os.sep)[-2:]), text)
     file = _File(module)
     docs: list[tuple[int, int]] = []
 
@@ -202,8 +204,8 @@ def _read(path: Path, wanted_at: str | None) -> _File:
 
 
 def _items(
-    expression: Any, module: Module, start: int, end: int, doc: tuple[int, int] | None, path: Path
-) -> list[Entity | tuple[Path, str]]:
+    expression: Any, module: Module, start: int, end: int, doc: tuple[int, int] | None, path: str
+) -> list[Entity | tuple[str, str]]:
     """Return the entities of one expression, or the path of an include with its place."""
     where = f"{module.path}:{module.line(start)}"
     kinds = [kind for kind in _KEYS if isinstance(expression, dict) and kind in expression]
@@ -216,7 +218,7 @@ def _items(
     if not isinstance(name, str):
         raise SchemaError(f"{where}: '{kind}' must be a string")
     if kind == "include":
-        return [(path.parent / name, where)]
+        return [(os.path.join(os.path.dirname(path), name), where)]
     if name in BUILTIN_JSON_TYPES:
         raise SchemaError(f"{where}: '{name}' is a builtin type")
     builder = _Builder(name, expression, where, module, start, end, doc)

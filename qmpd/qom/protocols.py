@@ -6,11 +6,13 @@ it looks the object up by its id and checks with `isinstance`.
 
 from __future__ import annotations
 
-import ssl
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qmpd.aio.loop import DataLoop
 from qmpd.crypto.secretbytes import SecretBytes
+
+if TYPE_CHECKING:
+    import ssl
 
 
 @runtime_checkable

@@ -62,7 +62,7 @@ class Source(NamedTuple):
     start: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _Window:
     """A part of the output, at most WINDOW bytes of data in it, from one source.
 
@@ -76,7 +76,7 @@ class _Window:
     end: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Copier:
     """One copy.
 

@@ -53,7 +53,7 @@ class Piece(NamedTuple):
         return first, Piece(self.source, self.offset + length, self.at + length, rest, self.disk, self.place + length)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class PlainCopier:
     """A copy of `sources` into `target`, which is zero now.
 
@@ -95,7 +95,7 @@ class PlainCopier:
         node, size = source.backend.node, source.backend.size
         assert node is not None
         direct = _all_direct(node)
-        async for one in stretches(node, 0, size):
+        async for one in stretches(node, 0, size, first=2 * AT_ONCE):
             if one.zero or not (one.data or one.present):
                 self._passed += one.length
                 continue

@@ -131,7 +131,7 @@ def print_help(shop: Workshop, image_format: str, *, with_file: bool) -> None:
         print("\nThe file below the format may take further options.\nName a target to see those as well.")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """An image that is to be made.
 

@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare = getattr(cls, "prepare", None)
     if prepare is not None:
         words = prepare(words)
+    if not any(word == "-h" or word.startswith("--h") for word in words):
+        parser.usage = ""  # else it is made each time, and what makes it takes longer to import than this module
     return run(cls, parser.parse_intermixed_args(words))
 
 

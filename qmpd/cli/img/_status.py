@@ -18,7 +18,7 @@ CLUSTERS_AT_ONCE = 16384
 """Clusters that one look covers at most, so that a list of extents stays small whatever the cluster size."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Stretch:
     """Bytes [start, start + length) of an image, of one kind; sizes in bytes.
 
@@ -65,13 +65,15 @@ def look_ahead(node: BlockNode) -> int:
 
 
 async def stretches(
-    node: BlockNode, start: int, end: int, *, base: BlockNode | None = None, joined: bool = True
+    node: BlockNode, start: int, end: int, *, base: BlockNode | None = None, joined: bool = True, first: int = GiB
 ) -> AsyncIterator[Stretch]:
     """Yield what [start, end) of `node` is, down its backing chain; neighbours of one kind joined. Raises OSError.
 
-    base   where to stop: what only it or those below it hold counts as not present
+    base    where to stop: what only it or those below it hold counts as not present
+    first   bytes to look at before the first of them is told; later looks go further
     """
-    step = look_ahead(node)
+    most = look_ahead(node)
+    step = min(first, most)
     waiting: Stretch | None = None
     while start < end:
         length = min(step, end - start)
@@ -83,6 +85,7 @@ async def stretches(
                 yield waiting
             waiting = one
         start += length
+        step = min(2 * step, most)
     if waiting is not None:
         yield waiting
 

@@ -202,5 +202,5 @@ def test_a_root_loads_fast_enough_for_every_start() -> None:
 
 def _seconds_to_load() -> float:
     before = time.process_time()
-    load_file(schema_directory() / SYSTEM_ROOT)
+    load_file(Path(schema_directory()) / SYSTEM_ROOT)
     return time.process_time() - before
