@@ -24,10 +24,12 @@ void qmpd_copy_free(qmpd_copy *c);
 SOURCE = """
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 /* Data to copy: `length` bytes at `from` of `fd` are the bytes at `at` of the disk. In order, apart. */
@@ -50,6 +52,7 @@ typedef struct qmpd_copy {
     qmpd_room *rooms;           /* what is left of each, or NULL: every byte has its place */
     size_t room_count, room;
     int in_order;
+    int reserve;                /* have the file system allocate what is going to be written */
     pthread_mutex_t lock;       /* of all below, and of rooms */
     pthread_cond_t turned;
     size_t part;                /* the next window: its first part, and where it goes on in it */
@@ -61,6 +64,10 @@ typedef struct qmpd_copy {
 } qmpd_copy;
 
 typedef struct { uint64_t start, end; } range;
+
+/* What ext4 has not allocated it reserves block by block as it is written, which takes a third of the time of a write;
+ * allocated at once it is not. Elsewhere, and for little, this does not pay. */
+enum { EXT4 = 0xef53, WORTH = 64 << 10 };
 
 void qmpd_copy_free(qmpd_copy *c)
 {
@@ -94,6 +101,8 @@ qmpd_copy *qmpd_copy_new(int fd, const qmpd_part *parts, size_t count, uint64_t 
     pthread_cond_init(&c->turned, NULL);
     c->fd = fd, c->parts = parts, c->count = count, c->window = window, c->grain = grain;
     c->end = end, c->shift = shift, c->in_order = in_order;
+    struct statfs where;
+    c->reserve = fstatfs(fd, &where) == 0 && where.f_type == EXT4;
     if (rooms) {
         c->rooms = malloc((room_count ? room_count : 1) * sizeof *rooms);
         if (!c->rooms) {
@@ -148,6 +157,18 @@ static int fill(int fd, uint8_t *to, uint64_t length, uint64_t from)
         }
         to += got, from += (uint64_t)got, length -= (uint64_t)got;
     }
+    return 0;
+}
+
+static int reserve(qmpd_copy *c, uint64_t length, uint64_t place)
+{
+    if (length < WORTH || !__atomic_load_n(&c->reserve, __ATOMIC_RELAXED))
+        return 0;
+    if (fallocate(c->fd, FALLOC_FL_KEEP_SIZE, (off_t)place, (off_t)length) == 0 || errno == EINTR)
+        return 0;
+    if (errno == ENOSPC || errno == EDQUOT)
+        return errno;
+    __atomic_store_n(&c->reserve, 0, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -305,7 +326,9 @@ static int copy_window(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop,
         return fail(c, error);
 
     for (size_t i = 0; i < mine; i++) {
-        error = store(c->fd, buffer + ((*own)[i].at - start), (*own)[i].length, (*own)[i].place);
+        error = reserve(c, (*own)[i].length, (*own)[i].place);
+        if (!error)
+            error = store(c->fd, buffer + ((*own)[i].at - start), (*own)[i].length, (*own)[i].place);
         if (error)
             return fail(c, error);
     }
