@@ -13,8 +13,9 @@ typedef struct { uint64_t at, length, from; int32_t fd; } qmpd_part;
 typedef struct { uint64_t at, length, place; } qmpd_put;
 typedef struct { uint64_t place, length; } qmpd_room;
 typedef struct qmpd_copy qmpd_copy;
-qmpd_copy *qmpd_copy_new(int fd, const qmpd_part *parts, size_t count, uint64_t window, uint64_t grain,
-                         uint64_t end, uint64_t shift, const qmpd_room *rooms, size_t room_count, int in_order);
+qmpd_copy *qmpd_copy_new(int fd, const qmpd_part *parts, size_t count, uint64_t window, uint64_t unit,
+                         uint64_t grain, uint64_t end, uint64_t shift, const qmpd_room *rooms, size_t room_count,
+                         int in_order);
 int qmpd_copy_work(qmpd_copy *c, uint8_t *buffer);
 void qmpd_copy_stop(qmpd_copy *c);
 size_t qmpd_copy_puts(qmpd_copy *c, const qmpd_put **puts);
@@ -38,15 +39,16 @@ typedef struct { uint64_t at, length, from; int32_t fd; } qmpd_part;
 /* What was written: `length` bytes of the disk from `at` on, to `place` in the file. */
 typedef struct { uint64_t at, length, place; } qmpd_put;
 
-/* Room in the file that may be filled, in whole grains. */
+/* Room in the file that may be filled, in whole units. */
 typedef struct { uint64_t place, length; } qmpd_room;
 
 typedef struct qmpd_copy {
     int fd;
     const qmpd_part *parts;
     size_t count;
-    uint64_t window;            /* bytes that one thread takes at a time, a multiple of grain */
-    uint64_t grain;             /* bytes that are written or left out as a whole */
+    uint64_t window;            /* bytes that one thread takes at a time, a multiple of unit and grain */
+    uint64_t unit;              /* bytes that are written as a whole, with zeroes around what the parts have of them */
+    uint64_t grain;             /* bytes, a multiple of unit, that are left out if they are zero */
     uint64_t end;               /* of the disk: nothing behind it is written, unless there are rooms */
     uint64_t shift;             /* without rooms: what to add to an offset of the disk */
     qmpd_room *rooms;           /* what is left of each, or NULL: every byte has its place */
@@ -81,11 +83,14 @@ void qmpd_copy_free(qmpd_copy *c)
 }
 
 /* `parts` stays the caller's; `rooms` is copied. NULL: no memory, or parts that are not in order. */
-qmpd_copy *qmpd_copy_new(int fd, const qmpd_part *parts, size_t count, uint64_t window, uint64_t grain,
-                         uint64_t end, uint64_t shift, const qmpd_room *rooms, size_t room_count, int in_order)
+qmpd_copy *qmpd_copy_new(int fd, const qmpd_part *parts, size_t count, uint64_t window, uint64_t unit,
+                         uint64_t grain, uint64_t end, uint64_t shift, const qmpd_room *rooms, size_t room_count,
+                         int in_order)
 {
     uint64_t before = 0;
-    if (!grain || !window || window % grain || window > (1u << 30) || end > INT64_MAX || shift > INT64_MAX - end)
+    if (!unit || !grain || grain % unit || !window || window % grain || window > (1u << 30))
+        return NULL;
+    if (end > INT64_MAX || shift > INT64_MAX - end)
         return NULL;
     for (size_t i = 0; i < count; i++) {
         const qmpd_part *p = &parts[i];
@@ -99,7 +104,8 @@ qmpd_copy *qmpd_copy_new(int fd, const qmpd_part *parts, size_t count, uint64_t 
         return NULL;
     pthread_mutex_init(&c->lock, NULL);
     pthread_cond_init(&c->turned, NULL);
-    c->fd = fd, c->parts = parts, c->count = count, c->window = window, c->grain = grain;
+    c->fd = fd, c->parts = parts, c->count = count, c->window = window;
+    c->unit = unit, c->grain = grain;
     c->end = end, c->shift = shift, c->in_order = in_order;
     struct statfs where;
     c->reserve = fstatfs(fd, &where) == 0 && where.f_type == EXT4;
@@ -207,27 +213,43 @@ static int blank(const uint8_t *data, uint64_t length)
     return 1;
 }
 
-/* Read what the parts have of [start, stop) into the buffer, zeroes around it up to whole grains. Returns the
- * number of ranges, apart and in whole grains, that hold it; -1 with the error noted. */
-static long gather(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop, uint8_t *buffer, range *ranges)
+/* A list that grows; what is in it starts anew with every window. */
+typedef struct { range *items; size_t count, space; } list;
+
+static range *append(list *l, uint64_t start, uint64_t end)
 {
-    const uint64_t grain = c->grain;
+    if (l->count == l->space) {
+        size_t space = l->space ? 2 * l->space : 64;
+        range *more = realloc(l->items, space * sizeof *more);
+        if (!more)
+            return NULL;
+        l->items = more, l->space = space;
+    }
+    l->items[l->count] = (range){ start, end };
+    return &l->items[l->count++];
+}
+
+/* Read what the parts have of [start, stop) into the buffer, zeroes around it up to whole units. The ranges, apart and
+ * in whole units, that hold it are added to the list. */
+static int gather(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop, uint8_t *buffer, list *ranges)
+{
+    const uint64_t unit = c->unit;
     uint64_t known = start;             /* the buffer is right up to here, where a range covers it */
-    long found = 0;
     for (; part < c->count && c->parts[part].at < stop; part++) {
         const qmpd_part *p = &c->parts[part];
         uint64_t low = p->at > start ? p->at : start;
         uint64_t high = p->at + p->length < stop ? p->at + p->length : stop;
         if (low >= high)
             continue;
-        uint64_t first = low / grain * grain, last = (high + grain - 1) / grain * grain;
-        if (found && ranges[found - 1].end >= first) {
-            ranges[found - 1].end = last;
+        uint64_t first = low / unit * unit, last = (high + unit - 1) / unit * unit;
+        if (ranges->count && ranges->items[ranges->count - 1].end >= first) {
+            ranges->items[ranges->count - 1].end = last;
         } else {
-            if (known % grain)
-                memset(buffer + (known - start), 0, grain - known % grain);
-            ranges[found].start = known = first;
-            ranges[found++].end = last;
+            if (known % unit)
+                memset(buffer + (known - start), 0, unit - known % unit);
+            if (!append(ranges, first, last))
+                return fail(c, ENOMEM);
+            known = first;
         }
         memset(buffer + (known - start), 0, low - known);
         int error = fill(p->fd, buffer + (low - start), high - low, p->from + (low - p->at));
@@ -235,26 +257,27 @@ static long gather(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop, uin
             return fail(c, error);
         known = high;
     }
-    if (known % grain)
-        memset(buffer + (known - start), 0, grain - known % grain);
-    return found;
+    if (known % unit)
+        memset(buffer + (known - start), 0, unit - known % unit);
+    return 0;
 }
 
-/* Find the stretches of grains that are not all zero; returns how many. */
-static size_t sift(const qmpd_copy *c, const uint8_t *buffer, uint64_t start, const range *ranges, size_t count,
-                   range *full)
+/* Find what of the ranges is to be written: all but grains, or the parts of a grain in a range, that are zero. */
+static int sift(qmpd_copy *c, const uint8_t *buffer, uint64_t start, const list *ranges, list *full)
 {
-    size_t found = 0;
-    for (size_t i = 0; i < count; i++)
-        for (uint64_t at = ranges[i].start; at < ranges[i].end; at += c->grain) {
-            if (blank(buffer + (at - start), c->grain))
+    for (size_t i = 0; i < ranges->count; i++)
+        for (uint64_t at = ranges->items[i].start, stop; at < ranges->items[i].end; at = stop) {
+            stop = at / c->grain * c->grain + c->grain;
+            if (stop > ranges->items[i].end)
+                stop = ranges->items[i].end;
+            if (blank(buffer + (at - start), stop - at))
                 continue;
-            if (found && full[found - 1].end == at)
-                full[found - 1].end += c->grain;
-            else
-                full[found].start = at, full[found++].end = at + c->grain;
+            if (full->count && full->items[full->count - 1].end == at)
+                full->items[full->count - 1].end = stop;
+            else if (!append(full, at, stop))
+                return fail(c, ENOMEM);
         }
-    return found;
+    return 0;
 }
 
 /* Note what is going to be written, in the rooms that are next or in its own place; the lock is held. */
@@ -291,15 +314,16 @@ static int place(qmpd_copy *c, const range *full, size_t count)
     return 0;
 }
 
-/* Copy one window: the parts from `part` on that lie in [start, stop). `own` has room for the puts of a window. */
+/* What a thread keeps from one window to the next. */
+typedef struct { list ranges, full; qmpd_put *puts; size_t put_space; } room;
+
+/* Copy one window: the parts from `part` on that lie in [start, stop). */
 static int copy_window(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop, uint64_t number, uint8_t *buffer,
-                       range *ranges, qmpd_put **own, size_t *own_space)
+                       room *own)
 {
-    long touched = gather(c, part, start, stop, buffer, ranges);
-    if (touched < 0)
+    own->ranges.count = own->full.count = 0;
+    if (gather(c, part, start, stop, buffer, &own->ranges) || sift(c, buffer, start, &own->ranges, &own->full))
         return -1;
-    range *full = ranges + c->window / c->grain + 1;
-    size_t count = sift(c, buffer, start, ranges, (size_t)touched, full);
 
     pthread_mutex_lock(&c->lock);
     while (c->in_order && c->turn != number && !c->error)
@@ -307,17 +331,17 @@ static int copy_window(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop,
     int error = c->error;
     size_t before = c->put_count, mine = 0;
     if (!error) {
-        error = place(c, full, count);
+        error = place(c, own->full.items, own->full.count);
         mine = c->put_count - before;
-        if (!error && mine > *own_space) {
-            qmpd_put *more = realloc(*own, mine * sizeof *more);
+        if (!error && mine > own->put_space) {
+            qmpd_put *more = realloc(own->puts, mine * sizeof *more);
             if (more)
-                *own = more, *own_space = mine;
+                own->puts = more, own->put_space = mine;
             else
                 error = ENOMEM;
         }
         if (!error && mine)
-            memcpy(*own, c->puts + before, mine * sizeof **own);
+            memcpy(own->puts, c->puts + before, mine * sizeof *own->puts);
         c->turn++;
         pthread_cond_broadcast(&c->turned);
     }
@@ -326,9 +350,10 @@ static int copy_window(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop,
         return fail(c, error);
 
     for (size_t i = 0; i < mine; i++) {
-        error = reserve(c, (*own)[i].length, (*own)[i].place);
+        const qmpd_put *put = &own->puts[i];
+        error = reserve(c, put->length, put->place);
         if (!error)
-            error = store(c->fd, buffer + ((*own)[i].at - start), (*own)[i].length, (*own)[i].place);
+            error = store(c->fd, buffer + (put->at - start), put->length, put->place);
         if (error)
             return fail(c, error);
     }
@@ -339,13 +364,7 @@ static int copy_window(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop,
  * the errno that ended the copy. */
 int qmpd_copy_work(qmpd_copy *c, uint8_t *buffer)
 {
-    size_t most = c->window / c->grain + 1, own_space = 0;
-    range *ranges = malloc(2 * most * sizeof *ranges);
-    qmpd_put *own = NULL;
-    if (!ranges) {
-        fail(c, ENOMEM);
-        return ENOMEM;
-    }
+    room own = { { NULL, 0, 0 }, { NULL, 0, 0 }, NULL, 0 };
     pthread_mutex_lock(&c->lock);
     while (c->part < c->count && !c->error) {
         size_t part = c->part;
@@ -356,13 +375,14 @@ int qmpd_copy_work(qmpd_copy *c, uint8_t *buffer)
         if (c->part < c->count && c->parts[c->part].at < stop)
             c->from = stop - c->parts[c->part].at;
         pthread_mutex_unlock(&c->lock);
-        copy_window(c, part, start, stop, number, buffer, ranges, &own, &own_space);
+        copy_window(c, part, start, stop, number, buffer, &own);
         pthread_mutex_lock(&c->lock);
     }
     int error = c->error;
     pthread_mutex_unlock(&c->lock);
-    free(ranges);
-    free(own);
+    free(own.ranges.items);
+    free(own.full.items);
+    free(own.puts);
     return error;
 }
 """

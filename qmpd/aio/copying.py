@@ -64,6 +64,7 @@ async def copy(
     *,
     grain: int,
     end: int,
+    unit: int = 1,
     shift: int = 0,
     rooms: Sequence[tuple[int, int]] | None = None,
     in_order: bool = True,
@@ -71,11 +72,12 @@ async def copy(
 ) -> list[Put]:
     """Copy `parts`, in order and apart, without the grains that are zero; return what was written, in any order.
 
-    grain      bytes, looked at from the start of the disk
+    grain      bytes, a multiple of unit; counted from the start of the disk
     end        bytes of the target's disk
+    unit       bytes that are written as a whole, zeroes around the parts included
     shift      what to add to an offset of the disk for one of the file, unless there are
-    rooms      (offset, length) in whole grains, of the file: filled one after the other, each grain as a whole.
-               There must be enough for every grain that the parts touch
+    rooms      (offset, length) in whole units, of the file: filled one after the other.
+               There must be enough for every unit that the parts touch
     in_order   rooms are filled in the order of the disk
     pool       where the buffers come from, for who copies more than once
 
@@ -87,7 +89,7 @@ async def copy(
     places = ffi.NULL if rooms is None else ffi.new("qmpd_room[]", list(rooms))
     window = align_up(max(WINDOW, grain), grain)
     count = len(rooms or ())
-    job = lib.qmpd_copy_new(target.fd, pieces, len(parts), window, grain, end, shift, places, count, in_order)
+    job = lib.qmpd_copy_new(target.fd, pieces, len(parts), window, unit, grain, end, shift, places, count, in_order)
     if job == ffi.NULL:
         raise ValueError("parts of a copy that are not in order, or beyond the end")
     longest = end + shift if rooms is None else max((place + length for place, length in rooms), default=0)

@@ -9,6 +9,7 @@ the nodes.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -29,6 +30,10 @@ class Filling(Protocol):
     grain: int
     """Bytes that are written or left out as a whole; zeroes in fewer bytes are written."""
 
+    settled: asyncio.Event
+    """Set when the data is written, or failed, and the room that it did not need was given back: who wants an image
+    without gaps begins the next filling after that, while the rest of this one is still being done."""
+
     async def fill(self, parts: Sequence[Part], *, grain: int, in_order: bool, pool: BufferPool) -> None:
         """Copy `parts`, which lie in the ranges, but for the grains that are zero.
 
@@ -46,6 +51,7 @@ class InPlace:
 
     way: DirectWrite
     size: int
+    settled: asyncio.Event
     grain: int = 1
 
     async def fill(self, parts: Sequence[Part], *, grain: int, in_order: bool, pool: BufferPool) -> None:
@@ -77,7 +83,9 @@ async def fill(node: BlockNode, ranges: Sequence[tuple[int, int]]) -> Filling | 
     size, place = node.size, way.place
     if place.disk.direct or size + place.before + place.after > place.disk.size:
         return None
-    return InPlace(way, size)
+    settled = asyncio.Event()
+    settled.set()  # there is no room to give back
+    return InPlace(way, size, settled)
 
 
 def plain_source(node: BlockNode | None) -> tuple[DiskFile, int] | None:

@@ -1,14 +1,15 @@
 """Filling clusters of a qcow2 image that are not there yet by a copy from file to file.
 
 Room for every cluster that could be needed is taken first; the copy fills as much of it as there is data that is
-not zero; then, under the lock, the L2 entries name what was filled, and the rest of the room is given back. The
-order of the three is that of any write (`_qcow2_write`), so a crash leaks clusters at most.
+not zero; the rest of the room is given back; then the L2 entries name what was filled. This order is that of any write
+(`_qcow2_write`): a crash leaks clusters at most.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpd.aio.copying import copy
@@ -20,7 +21,7 @@ from qmpd.drivers._qcow2_write import link_all
 from qmpd.units import align_down, align_up
 
 if TYPE_CHECKING:
-    from qmpd.aio.copying import Part, Put
+    from qmpd.aio.copying import Part
     from qmpd.aio.pool import BufferPool
     from qmpd.block.node import BlockNode
     from qmpd.block.ranges import Owned
@@ -40,6 +41,7 @@ class Qcow2Filling:
     owned: list[Owned]
     generation: int
     grain: int
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def fill(self, parts: Sequence[Part], *, grain: int, in_order: bool, pool: BufferPool) -> None:
         """Copy, let the L2 entries name what was written, give back what was not needed. Raises OSError."""
@@ -49,7 +51,14 @@ class Qcow2Filling:
         rooms = [((first << bits) + shift, count << bits) for first, count in self.runs]
         try:
             puts = await copy(
-                parts, place.disk, grain=grain, end=self.node.size, rooms=rooms, in_order=in_order, pool=pool
+                parts,
+                place.disk,
+                grain=grain,
+                end=self.node.size,
+                unit=self.grain,
+                rooms=rooms,
+                in_order=in_order,
+                pool=pool,
             )
             for node, _ in reversed((*self.below.above, *self.below.below)):
                 node.child_resized()
@@ -57,24 +66,20 @@ class Qcow2Filling:
                 self.below.written(0, max(put.place + put.length for put in puts))
                 highest = max(put.at + put.length for put in puts)
                 self.node.wr_highest_offset = max(self.node.wr_highest_offset, min(highest, self.node.size))
-            await self._link(puts, shift)
+            plans = [plan for put in puts for plan in self._plans(put.at, put.place - shift, put.length >> bits)]
+            left = _without(self.runs, sorted((plan.host >> bits, plan.count) for plan in plans))
+            self.runs = []
+            await self._give_back(left)
+            self.settled.set()
+            await asyncio.sleep(0)  # whoever waited for that takes room and has its threads at work before this goes on
+            await link_all(image, plans)
+            for plan in plans:
+                if plan.failed:
+                    raise OSError(plan.failed, "the new clusters cannot be linked")
         finally:
             await self.give_up()
         if image.crowded and not image.dead:
             await image.write_metadata()
-
-    async def _link(self, puts: list[Put], shift: int) -> None:
-        """Let the entries name what was written. Raises OSError."""
-        bits = self.image.cluster_bits
-        plans = []
-        for put in puts:
-            plans += self._plans(put.at, (put.place - shift), put.length >> bits)
-        taken = sorted((plan.host >> bits, plan.count) for plan in plans)
-        self.runs = _without(self.runs, taken)
-        await link_all(self.image, plans)
-        for plan in plans:
-            if plan.failed:
-                raise OSError(plan.failed, "the new clusters cannot be linked")
 
     def _plans(self, guest: int, host: int, count: int) -> list[Plan]:
         """Return a plan for each stretch of clusters whose entries are in one slice of a table."""
@@ -90,14 +95,18 @@ class Qcow2Filling:
 
     async def give_up(self) -> None:
         """Give back the room that is left. Raises OSError."""
-        image, runs, self.runs = self.image, self.runs, []
+        runs, self.runs = self.runs, []
         try:
-            if runs and not image.dead:
-                async with image.lock:
-                    await image.refcounts.give_back(runs)
+            await self._give_back(runs)
         finally:
-            image.owned.release(self.owned)
-            image.leave(self.generation)
+            self.settled.set()
+            self.image.owned.release(self.owned)
+            self.image.leave(self.generation)
+
+    async def _give_back(self, runs: list[tuple[int, int]]) -> None:
+        if runs and not self.image.dead:
+            async with self.image.lock:
+                await self.image.refcounts.give_back(runs)
 
 
 def _without(runs: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qmpd.cli.img._copy import Source
     from qmpd.cli.img._progress import Progress
 
-AT_ONCE = 32 * MiB
+AT_ONCE = 64 * MiB
 """Bytes of data after which the tables are brought up to date and progress is shown."""
 
 PIECES_AT_ONCE = 2048
@@ -70,7 +70,8 @@ class PlainCopier:
     _files: dict[BlockNode, tuple[DiskFile, int] | None] = field(default_factory=dict)
     _pieces: list[Piece] = field(default_factory=list)
     _pool: BufferPool = field(default_factory=BufferPool)
-    _running: asyncio.Future[None] | None = None
+    _steps: list[asyncio.Future[None]] = field(default_factory=list)
+    _latest: Filling | None = None
     _size: int = 0
     _passed: int = 0
 
@@ -83,19 +84,17 @@ class PlainCopier:
                     self._size += piece.length
                     if self._size >= AT_ONCE or len(self._pieces) >= PIECES_AT_ONCE:
                         await self._step(align_down(piece.at + piece.length, BORDER))
-            await self._settle()  # the last step fills what the others left free
             await self._step(None)
             await self._settle()
-        finally:
-            if self._running is not None:
-                await asyncio.gather(self._running, return_exceptions=True)
+        finally:  # a step that was begun is ended, or the image would be left with clusters that nothing refers to
+            await asyncio.gather(*self._steps, return_exceptions=True)
 
     async def _extents(self, source: Source) -> AsyncIterator[Piece]:
         """Yield what is data, in pieces of AT_ONCE bytes at most."""
         node, size = source.backend.node, source.backend.size
         assert node is not None
         direct = _all_direct(node)
-        async for one in stretches(node, 0, size, first=2 * AT_ONCE):
+        async for one in stretches(node, 0, size, first=AT_ONCE):
             if one.zero or not (one.data or one.present):
                 self._passed += one.length
                 continue
@@ -123,30 +122,29 @@ class PlainCopier:
             later.reverse()
         self._pieces, self._size = later, sum(piece.length for piece in later)
         plain = [Part(one.at, one.length, one.place, one.disk) for one in pieces if one.disk is not None]
-        filling = await self._filling(plain) if plain else None
+        filling = await self._begin(plain) if plain else None
         if filling is not None:
             pieces = [one for one in pieces if one.disk is None]
-            before, self._running = self._running, asyncio.ensure_future(self._fill(filling, plain))
-            if before is not None:
-                await before
+            self._steps.append(asyncio.ensure_future(self._fill(filling, plain)))
+            await self._settle(but=1)
         self.progress.add(self._passed)
         self._passed = 0
         if pieces:
             await self._settle()
             await self.others(pieces)
 
-    async def _settle(self) -> None:
-        """Wait for the step that is being copied. Raises OSError."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            await running
+    async def _settle(self, but: int = 0) -> None:
+        """Wait for the steps that are being copied, all but the last few. Raises OSError."""
+        while len(self._steps) > but:
+            await asyncio.shield(self._steps[0])
+            del self._steps[0]
 
     async def _fill(self, filling: Filling, parts: list[Part]) -> None:
         grain = max(self.sparse, filling.grain)
         await filling.fill(parts, grain=grain, in_order=self.in_order, pool=self._pool)
         self.progress.add(sum(part.length for part in parts))
 
-    async def _filling(self, parts: list[Part]) -> Filling | None:
+    async def _begin(self, parts: list[Part]) -> Filling | None:
         """Return what takes the parts from file to file; None if the target does not let us. Raises OSError."""
         node = self.target.node
         assert node is not None
@@ -156,7 +154,9 @@ class PlainCopier:
                 ranges[-1] = (ranges[-1][0], part.at + part.length)
             else:
                 ranges.append((part.at, part.at + part.length))
-        filling = await fill(node, ranges)
+        if self._latest is not None:
+            await self._latest.settled.wait()
+        self._latest = filling = await fill(node, ranges)
         if filling is not None and max(self.sparse, filling.grain) % filling.grain:
             await filling.give_up()
             return None
