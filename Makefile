@@ -18,7 +18,7 @@ help:
 	@echo 'make test    the whole gate: style, types, layers, schema, docs, tests'
 	@echo 'make lint    the first part of the gate: style and types'
 	@echo 'make docs    write docs/qmp-reference.md, man pages and completions anew'
-	@echo 'make proof   the long checks at their full count; writes proof/NAME.json'
+	@echo 'make proof   the long checks at their full count (SEED=N to repeat them); writes proof/NAME.json'
 	@echo 'make fuzz    LUKS headers under atheris, for SECONDS=600'
 	@echo 'make bench   speed beside QEMU and nbdkit (QUICK=1, ROWS=regex, SECONDS=0.4, ROUNDS=7); writes bench/results'
 	@echo 'make clean   remove what the others made'
@@ -50,7 +50,8 @@ docs: $(STAMP)
 	$(BIN)/python -m qmpd.manual
 
 proof: $(STAMP)
-	QMPD_PROOF=full $(PYTEST) -m proof -n $(JOBS) --dist worksteal -q --timeout 3600
+	QMPD_PROOF=full $(PYTEST) -m proof -n $(JOBS) --dist worksteal -q --timeout 3600 \
+	    --hypothesis-seed=$(or $(SEED),$(shell date +%s))
 
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,12 @@ class Proof:
 def proof() -> Proof:
     """The counts of long checks; mark such a test with `@pytest.mark.proof`."""
     return Proof()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """Record what `@pytest.mark.proof(NAME, **counts)` says of a test that held, with the seed of hypothesis."""
+    report = (yield).get_result()
+    mark = item.get_closest_marker("proof")
+    if FULL and mark and mark.args and report.when == "call" and report.passed:
+        Proof().record(mark.args[0], **mark.kwargs, seed=item.config.getoption("--hypothesis-seed"))

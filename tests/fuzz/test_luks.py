@@ -14,6 +14,8 @@ from tests.conftest import FULL, Proof
 from tests.fuzz.luks_headers import damaged, damaged_json, judge, judge_bounded, sealed, seeds
 from tests.gen import luks2
 
+EXAMPLES = 1000 if FULL else 100
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=8), below, max_size=3),
@@ -50,13 +52,15 @@ def test_json_changed_anywhere_under_good_checksums(proof: Proof) -> None:
     proof.record("fuzz-luks-json", count=count, seed=2, refused=refused)
 
 
-@settings(max_examples=1000 if FULL else 100)
+@pytest.mark.proof("luks2-any-json-text", examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(st.binary(max_size=3000))
 def test_any_json_area_at_all(text: bytes) -> None:
     assert judge(sealed(text))
 
 
-@settings(max_examples=1000 if FULL else 100)
+@pytest.mark.proof("luks2-any-json-value", examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(JSON)
 def test_any_json_value_at_all(value: object) -> None:
     assert judge(sealed(json.dumps(value).encode("utf-8", "surrogatepass")))

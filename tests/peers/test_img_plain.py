@@ -75,7 +75,7 @@ def disks(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
     return size, draw(st.lists(st.tuples(at, length, st.sampled_from((0, 1, 2, 3))), max_size=14))
 
 
-@pytest.mark.proof
+@pytest.mark.proof("convert-plain", examples=EXAMPLES)
 @given(
     disk=disks(),
     kind=st.sampled_from(("raw", *CLUSTERS)),

@@ -23,7 +23,7 @@ from tests.gen.qcow2_model import Disk, Op, groups
 from tests.peers.conftest import need
 from tests.support.data_files import PLAIN, call, qemu_img, within
 
-EXAMPLES = 500 if FULL else 40
+EXAMPLES = 500 if FULL else 50
 
 
 # --- random work ------------------------------------------------------------------------------------
@@ -112,6 +112,7 @@ async def work_on(shape: Shape, work: list[list[Op]], folder: Path) -> bytes:
     return bytes(disk.model)
 
 
+@pytest.mark.proof("qcow2-data-file", examples=EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(works())
 def test_work_at_once_leaves_a_clean_image_that_reads_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:
@@ -128,6 +129,7 @@ def test_work_at_once_leaves_a_clean_image_that_reads_as_the_model(job: tuple[Sh
             assert (folder / "data.raw").read_bytes()[: shape.size] == model
 
 
+@pytest.mark.proof("qcow2-data-file-theirs", examples=EXAMPLES // 2)
 @settings(max_examples=EXAMPLES // 2)
 @given(works())
 def test_images_that_qemu_wrote_read_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:

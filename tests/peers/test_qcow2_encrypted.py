@@ -26,7 +26,7 @@ from tests.gen.qcow2_model import Disk, Op, groups
 from tests.peers.conftest import need
 from tests.support.daemon import RawClient, running
 
-EXAMPLES = 300 if FULL else 20
+EXAMPLES = 300 if FULL else 30
 SECRETS = ("--object", "secret,id=s,data=abc123", "--object", "secret,id=n,data=new", "--object", "secret,id=w,data=no")
 LUKS = {"format": "luks", "cipher-alg": "aes-128", "iterations": 1000}
 QUICK = "encrypt.format=luks,encrypt.iter-time=10"
@@ -193,6 +193,7 @@ async def work_on(shape: Shape, work: list[list[Op]], folder: Path) -> tuple[Mem
     return file, bytes(disk.model)
 
 
+@pytest.mark.proof("qcow2-encrypted", examples=EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(works())
 def test_work_at_once_leaves_a_clean_image_that_reads_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:
@@ -208,6 +209,7 @@ def test_work_at_once_leaves_a_clean_image_that_reads_as_the_model(job: tuple[Sh
         run("qemu-img", "compare", "-q", *SECRETS, "--image-opts", f"driver=raw,file.filename={expected}", opts(image))
 
 
+@pytest.mark.proof("qcow2-encrypted-theirs", examples=EXAMPLES // 2)
 @settings(max_examples=EXAMPLES // 2)
 @given(works())
 def test_images_that_qemu_wrote_read_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +108,7 @@ async def work_on(shape: Shape, work: list[list[Op]], header: bytes) -> tuple[Me
     return file, bytes(disk.model)
 
 
+@pytest.mark.proof("luks-over-qcow2", examples=EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(works())
 def test_work_at_once_through_luks_reads_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:
@@ -127,6 +129,7 @@ def test_work_at_once_through_luks_reads_as_the_model(job: tuple[Shape, list[lis
         run("qemu-img", "compare", "-q", *SECRET, name_for_qemu(image, header), source)
 
 
+@pytest.mark.proof("luks-over-qcow2-theirs", examples=EXAMPLES // 2)
 @settings(max_examples=EXAMPLES // 2)
 @given(works())
 def test_volumes_that_qemu_wrote_read_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:

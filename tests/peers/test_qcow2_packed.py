@@ -59,6 +59,7 @@ def extents(node: Qcow2Node, found: list[dict[str, object]]) -> list[tuple[objec
     return [(one["start"], one["length"], one["zero"], one["data"], one.get("offset")) for one in found]
 
 
+@pytest.mark.proof("qcow2-packed", seeds=SEEDS)
 @pytest.mark.parametrize("seed", range(SEEDS))
 async def test_packed_clusters_and_subclusters(seed: int, tmp_path: Path) -> None:
     need("qemu-img")
@@ -105,6 +106,7 @@ async def test_packed_clusters_and_subclusters(seed: int, tmp_path: Path) -> Non
     qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", image, tmp_path / "model.raw")
 
 
+@pytest.mark.proof("qcow2-compress-filter", seeds=SEEDS // 4)
 @pytest.mark.parametrize("seed", range(SEEDS // 4))
 async def test_all_that_goes_through_the_compress_filter(seed: int, tmp_path: Path) -> None:
     """Requests of any size and place, many at once: each rewrites its clusters compressed."""

@@ -96,6 +96,7 @@ async def work_on(shape: Shape, work: list[list[Op]], folder: Path) -> tuple[Mem
     return file, bytes(disk.model)
 
 
+@pytest.mark.proof("qcow2-random", examples=EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(works())
 def test_work_at_once_leaves_a_clean_image_that_reads_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:
@@ -111,6 +112,7 @@ def test_work_at_once_leaves_a_clean_image_that_reads_as_the_model(job: tuple[Sh
         qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", image, expected)
 
 
+@pytest.mark.proof("qcow2-random-theirs", examples=EXAMPLES // 2)
 @settings(max_examples=EXAMPLES // 2)
 @given(works())
 def test_images_that_qemu_wrote_read_as_the_model(job: tuple[Shape, list[list[Op]]]) -> None:

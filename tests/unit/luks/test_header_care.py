@@ -25,6 +25,8 @@ from tests.support.daemon import RawClient
 from tests.unit.luks import test_keys, test_keys2
 from tests.unit.luks.test_key_jobs import amend, disks, header_of, opens, slots
 
+EXAMPLES = 1000 if FULL else 100
+
 HEADERS = {version: header_of(version) for version in (1, 2)}
 
 
@@ -205,7 +207,8 @@ def test_headers_that_break_a_rule_are_told_and_never_restored(broken: gen.Broke
     assert target.data == good
 
 
-@settings(max_examples=1000 if FULL else 30)
+@pytest.mark.proof("luks-header-care", examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(
     st.sampled_from([1, 2]),
     st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4),
