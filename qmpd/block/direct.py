@@ -16,7 +16,8 @@ nodes run on the data loop, so nothing changes under a call that does not wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qmpd.aio.disk import DiskFile
@@ -27,7 +28,8 @@ Locate = Callable[[int, int], int]
 """(offset, length) -> where the range starts in the file, or -1 if it is not all there in one piece."""
 
 
-class DirectRead(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class DirectRead:
     """How offsets of a node become offsets of `disk`: add `before`, `locate`, add `after`.
 
     crypto      what decrypts the data, None for none; its own offsets are the node's plus `crypto_at`
@@ -42,7 +44,7 @@ class DirectRead(NamedTuple):
 
     def shifted(self, delta: int) -> DirectRead:
         """Return the same for a node that starts `delta` bytes into this one."""
-        return self._replace(before=self.before + delta, crypto_at=self.crypto_at + delta)
+        return replace(self, before=self.before + delta, crypto_at=self.crypto_at + delta)
 
     def mapped(self, locate: Locate) -> DirectRead | None:
         """Return the same for a node that keeps its data here and there; None if that is too much."""
@@ -54,10 +56,11 @@ class DirectRead(NamedTuple):
         """Return the same for a node that keeps its data encrypted from `delta` on; None if it is already."""
         if self.crypto is not None or not crypto.direct:
             return None
-        return self._replace(before=self.before + delta, crypto=crypto, crypto_at=0)
+        return replace(self, before=self.before + delta, crypto=crypto, crypto_at=0)
 
 
-class DirectWrite(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class DirectWrite:
     """Where writes to a node end up.
 
     place       how offsets of the node become offsets of the file
