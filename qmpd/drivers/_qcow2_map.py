@@ -6,6 +6,7 @@ of one kind become one run.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.drivers._qcow2_image import Corruption, Image
@@ -194,6 +195,19 @@ async def map_range(image: Image, offset: int, length: int) -> list[Run]:
     return _joined(runs) if len(runs) > 1 else runs
 
 
+def end_of_empty(table: array[int], index: int, end: int) -> int:
+    """Return the first index from `index` on whose entry is not 0; `end` if there is none before."""
+    step = 16
+    while index < end:
+        piece = table[index : min(index + step, end)].tobytes()
+        rest = len(piece.lstrip(b"\0"))
+        if rest:
+            return index + (len(piece) - rest) // table.itemsize
+        index += len(piece) // table.itemsize
+        step *= 4
+    return end
+
+
 def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Run]) -> None:
     """Append the runs of [offset, stop), which one slice describes."""
     table, index = place.slice.table, place.index
@@ -208,7 +222,12 @@ def _map_slice(image: Image, place: Place, offset: int, stop: int, runs: list[Ru
         length = cluster - within
         if length > stop - offset:
             length = stop - offset
-        if entry & COMPRESSED:
+        if not entry:
+            following = end_of_empty(table, index + 1, index + (within + stop - offset - 1 >> bits) + 1)
+            length = min((following - index << bits) - within, stop - offset)
+            index = following - 1
+            runs.append(Run(UNALLOCATED, offset, length, -1))
+        elif entry & COMPRESSED:
             if external:
                 raise compressed_outside(place, index)
             runs.append(Run(ClusterType.COMPRESSED, offset, length, entry))

@@ -20,6 +20,7 @@ from qmpd.drivers._qcow2_map import (
     check_bitmap,
     compressed_outside,
     elsewhere,
+    end_of_empty,
     find_slice,
     host_of,
     plain_host,
@@ -159,11 +160,7 @@ def _empty_row(image: Image, place: Place | None, index: int, room: int) -> int:
     most = room >> image.cluster_bits
     if place is None:
         return most
-    found = 1
-    table = place.slice.table
-    while found < most and not table[index + found]:
-        found += 1
-    return found
+    return end_of_empty(place.slice.table, index + 1, index + most) - index
 
 
 def _following(place: Place, index: int, entry: int, cluster: int, room: int) -> int:
