@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qmpd.errors import QmpdError
+from qmpd.streams import complete_streams
 
 
 def run(program: str, package: str, description: str, argv: Sequence[str] | None) -> int:
@@ -41,6 +42,7 @@ def run(program: str, package: str, description: str, argv: Sequence[str] | None
 
 def ctl_main(argv: Sequence[str] | None = None) -> int:
     """Run qmpd-ctl."""
+    complete_streams()
     return run("qmpd-ctl", "qmpd.cli.ctl", "Talk to a running qmpd, or to any QMP server.", argv)
 
 
@@ -57,6 +59,7 @@ def img_program() -> NoReturn:
     Everything it had open is closed and flushed then, so the process ends at once: taking the interpreter apart, module
     by module, would take longer than many of its commands.
     """
+    complete_streams()
     gc.set_threshold(20_000)  # what is imported stays: looking for rubbish in it again and again finds none
     try:
         status = img_main()
@@ -66,8 +69,7 @@ def img_program() -> NoReturn:
         status = end.code or 0
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError:
             status = status or 1
     os._exit(status)

@@ -17,6 +17,7 @@ from qmpd import trace
 from qmpd.daemon import log, options, process
 from qmpd.daemon.options import Given, UsageError
 from qmpd.daemon.start import Done, Failure, Start
+from qmpd.streams import complete_streams
 from qmpd.version import QEMU_LEVEL, VERSION
 
 _RECURSION = 4000
@@ -40,6 +41,7 @@ def version_text(program: str) -> str:
 
 
 def _program(name: str, words: Sequence[str], prepare: Callable[[log.Complaints, Sequence[str]], Start]) -> int:
+    complete_streams()
     complaints = log.Complaints(os.path.basename(sys.argv[0]) if not sys.argv[0].endswith(".py") else name)
     try:
         start = prepare(complaints, words)

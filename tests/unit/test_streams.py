@@ -1,0 +1,58 @@
+"""Programs that are started without standard streams: no image gets the number of one of them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import RawClient, listens, program
+
+CLOSED = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-")
+
+
+def without(streams: str, *words: str | Path) -> int:
+    """Run a program from a shell that closes `streams` first; return its exit status."""
+    return subprocess.run(["sh", "-c", f"exec {shlex.join(map(str, words))} {streams}"], check=False).returncode
+
+
+@pytest.mark.parametrize("streams", CLOSED)
+def test_qmpd_img_works_and_says_nothing_into_an_image(streams: str, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20)
+    (tmp_path / "raw").write_bytes(data)
+    tool = program("qmpd-img")
+    assert without(streams, tool, "convert", "-p", "-f", "raw", "-O", "raw", tmp_path / "raw", tmp_path / "made") == 0
+    assert (tmp_path / "made").read_bytes() == data
+    assert without(streams, tool, "info", tmp_path / "made") == 0
+    assert without(streams, tool, "info", tmp_path / "nosuch") == 1
+    assert (tmp_path / "made").read_bytes() == data
+
+
+@pytest.mark.parametrize("streams", CLOSED)
+@pytest.mark.parametrize("name", ["qmpd", "qmpd-storage-daemon"])
+def test_a_daemon_keeps_its_images_apart_from_them(name: str, streams: str, tmp_path: Path) -> None:
+    image, path = tmp_path / "image", tmp_path / "qmp.sock"
+    image.write_bytes(bytes(1 << 20))
+    if name == "qmpd":
+        words = ["-nodefaults", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off"]
+    else:
+        words = ["--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c"]
+    command = f"exec {shlex.join([program(name), *words])} {streams}"
+    with subprocess.Popen(["sh", "-c", command]) as process:
+        try:
+            while not listens(path):
+                assert process.poll() is None, "it has ended"
+            client = RawClient(path)
+            client.ok("blockdev-add", driver="file", filename=str(image), **{"node-name": "n"})
+            held = {int(link.name) for link in Path(f"/proc/{process.pid}/fd").iterdir() if link.readlink() == image}
+            assert held
+            assert min(held) > 2
+            client.ok("quit")
+            client.close()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+    assert process.returncode == 0
