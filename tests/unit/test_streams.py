@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ CLOSED = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-")
 def without(streams: str, *words: str | Path) -> int:
     """Run a program from a shell that closes `streams` first; return its exit status."""
     return subprocess.run(["sh", "-c", f"exec {shlex.join(map(str, words))} {streams}"], check=False).returncode
+
+
+def numbers_of(path: Path, process: int) -> list[int]:
+    """Return the descriptors of a process that are this file; others come and go meanwhile."""
+    found = []
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if link.readlink() == path:
+                found.append(int(link.name))
+    return found
 
 
 @pytest.mark.parametrize("streams", CLOSED)
@@ -45,13 +56,10 @@ def test_a_daemon_keeps_its_images_apart_from_them(name: str, streams: str, tmp_
         try:
             while not listens(path):
                 assert process.poll() is None, "it has ended"
-            client = RawClient(path)
-            client.ok("blockdev-add", driver="file", filename=str(image), **{"node-name": "n"})
-            held = {int(link.name) for link in Path(f"/proc/{process.pid}/fd").iterdir() if link.readlink() == image}
-            assert held
-            assert min(held) > 2
-            client.ok("quit")
-            client.close()
+            with closing(RawClient(path)) as client:
+                client.ok("blockdev-add", driver="file", filename=str(image), **{"node-name": "n"})
+                assert min(numbers_of(image, process.pid)) > 2
+                client.ok("quit")
         finally:
             if process.poll() is None:
                 process.terminate()
