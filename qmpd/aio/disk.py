@@ -245,7 +245,11 @@ class DiskFile:
             freed = unmap and inside > 0 and self._try_fallocate(_FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, inside)
             if inside > 0 and not freed and not self._try_fallocate(_FALLOC_ZERO_RANGE, offset, inside):
                 raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-            if offset + length > size and self.is_regular:
+            if offset + length <= size or not self.is_regular:
+                return
+            if not unmap and offset >= size and self._try_fallocate(0, offset, length):
+                self.refresh_size()  # as long as QEMU makes it: with space for what is going to be written there
+            else:
                 self._extend(offset + length)
 
         await in_disk_thread(work)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -188,7 +189,8 @@ class Qcow2Node(BlockNode):
         try:
             await self.image.close()
         except OSError as error:
-            log.error("qcow2 node '%s': writing metadata at close failed: %s", self.name, error.strerror)
+            reason = os.strerror(error.errno or errno.EIO)
+            log.error("qcow2 node '%s': writing metadata at close failed: %s", self.name, reason)
         if self._passphrase is not None:
             self._passphrase.wipe()
         if self.image.encryption is not None:

@@ -109,6 +109,18 @@ def test_a_lock_in_use_and_a_lock_not_shared_exclude_each_other(tmp_path: Path) 
         os.close(two)
 
 
+@pytest.mark.parametrize("unmap", [False, True])
+async def test_zeroes_behind_the_end_take_space_unless_they_may_be_holes(tmp_path: Path, unmap: bool) -> None:
+    """What a format zeroes at the end of its file is metadata: it is to find space later, however full the disk is."""
+    disk = open_disk(tmp_path / "d")
+    await disk.pwritev(Batch.single(0, memoryview(b"a" * 4096)))
+    await disk.write_zeroes(65536, 1 << 20, unmap=unmap)
+    assert disk.size == 65536 + (1 << 20)
+    assert (disk.allocated_size() >= 1 << 20) is not unmap
+    disk.close()
+    assert (tmp_path / "d").read_bytes() == b"a" * 4096 + bytes(65536 - 4096 + (1 << 20))
+
+
 async def test_what_others_write_at_the_end_meanwhile_is_not_cut_off(tmp_path: Path) -> None:
     """A thread has looked the size up to zero what lies behind; before it makes the file longer, a write ends."""
     disk = open_disk(tmp_path / "d")
@@ -121,7 +133,7 @@ async def test_what_others_write_at_the_end_meanwhile_is_not_cut_off(tmp_path: P
 
     await disk.pwritev(Batch.single(0, memoryview(b"a" * 4096)))
     disk._extend = slow  # type: ignore[method-assign]
-    work = asyncio.ensure_future(disk.write_zeroes(4096, 4096, unmap=False))
+    work = asyncio.ensure_future(disk.write_zeroes(4096, 4096, unmap=True))
     assert await asyncio.to_thread(looked.wait, 10)
     disk._extend = extend  # type: ignore[method-assign]
     await disk.pwritev(Batch.single(8192, memoryview(b"b" * 4096)))
@@ -155,7 +167,7 @@ async def test_writes_and_zeroes_that_make_a_file_longer_at_once_lose_nothing(tm
             if block % 2:
                 works.append(disk.pwritev(Batch.single(at, memoryview(bytes([block]) * 4096))))
             else:
-                works.append(disk.write_zeroes(at, 4096, unmap=False))
+                works.append(disk.write_zeroes(at, 4096, unmap=bool(turn % 2)))
         await asyncio.gather(*works)
         disk.close()
         expected = b"".join(bytes([block if block % 2 else 0]) * 4096 for block in range(8))
