@@ -213,20 +213,30 @@ static int blank(const uint8_t *data, uint64_t length)
     return 1;
 }
 
-/* A list that grows; what is in it starts anew with every window. */
+/* Return where `items`, of `size` bytes each, are when there is space for `count` of them, at least one; NULL if there
+ * is no memory, and they are where they were. */
+static void *grown(void *items, size_t *space, size_t count, size_t size)
+{
+    if (count <= *space)
+        return items;
+    size_t wanted = count > 32 ? 2 * count : 64;
+    void *more = realloc(items, wanted * size);
+    if (more)
+        *space = wanted;
+    return more;
+}
+
+/* A list that starts anew with every window. */
 typedef struct { range *items; size_t count, space; } list;
 
-static range *append(list *l, uint64_t start, uint64_t end)
+static int append(list *l, uint64_t start, uint64_t end)
 {
-    if (l->count == l->space) {
-        size_t space = l->space ? 2 * l->space : 64;
-        range *more = realloc(l->items, space * sizeof *more);
-        if (!more)
-            return NULL;
-        l->items = more, l->space = space;
-    }
-    l->items[l->count] = (range){ start, end };
-    return &l->items[l->count++];
+    range *items = grown(l->items, &l->space, l->count + 1, sizeof *items);
+    if (!items)
+        return -1;
+    l->items = items;
+    l->items[l->count++] = (range){ start, end };
+    return 0;
 }
 
 /* Read what the parts have of [start, stop) into the buffer, zeroes around it up to whole units. The ranges, apart and
@@ -247,7 +257,7 @@ static int gather(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop, uint
         } else {
             if (known % unit)
                 memset(buffer + (known - start), 0, unit - known % unit);
-            if (!append(ranges, first, last))
+            if (append(ranges, first, last))
                 return fail(c, ENOMEM);
             known = first;
         }
@@ -274,7 +284,7 @@ static int sift(qmpd_copy *c, const uint8_t *buffer, uint64_t start, const list 
                 continue;
             if (full->count && full->items[full->count - 1].end == at)
                 full->items[full->count - 1].end = stop;
-            else if (!append(full, at, stop))
+            else if (append(full, at, stop))
                 return fail(c, ENOMEM);
         }
     return 0;
@@ -300,13 +310,10 @@ static int place(qmpd_copy *c, const range *full, size_t count)
                 put.place = room->place;
                 room->place += put.length, room->length -= put.length;
             }
-            if (c->put_count == c->put_space) {
-                size_t space = c->put_space ? 2 * c->put_space : 64;
-                qmpd_put *more = realloc(c->puts, space * sizeof *more);
-                if (!more)
-                    return ENOMEM;
-                c->puts = more, c->put_space = space;
-            }
+            qmpd_put *puts = grown(c->puts, &c->put_space, c->put_count + 1, sizeof *puts);
+            if (!puts)
+                return ENOMEM;
+            c->puts = puts;
             c->puts[c->put_count++] = put;
             at += put.length;
         }
@@ -333,15 +340,13 @@ static int copy_window(qmpd_copy *c, size_t part, uint64_t start, uint64_t stop,
     if (!error) {
         error = place(c, own->full.items, own->full.count);
         mine = c->put_count - before;
-        if (!error && mine > own->put_space) {
-            qmpd_put *more = realloc(own->puts, mine * sizeof *more);
-            if (more)
-                own->puts = more, own->put_space = mine;
+        if (!error && mine) {
+            qmpd_put *puts = grown(own->puts, &own->put_space, mine, sizeof *puts);
+            if (puts)
+                own->puts = memcpy(puts, c->puts + before, mine * sizeof *puts);
             else
                 error = ENOMEM;
         }
-        if (!error && mine)
-            memcpy(own->puts, c->puts + before, mine * sizeof *own->puts);
         c->turn++;
         pthread_cond_broadcast(&c->turned);
     }

@@ -7,13 +7,13 @@ way to a thread and back, is one call per thread here.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpd.aio.pool import BufferPool, in_disk_thread
+from qmpd.native import compiled
 from qmpd.units import MiB, align_up
 
 if TYPE_CHECKING:
@@ -26,14 +26,7 @@ THREADS = min(max(os.cpu_count() or 1, 2), 4)
 """Threads of one copy. More would wait for each other: the kernel lets one at a time write to a file."""
 
 
-def _load() -> Any | None:
-    try:
-        return importlib.import_module("qmpd.aio._copying")
-    except ImportError:
-        return None
-
-
-_native = _load()
+_native = compiled("qmpd.aio._copying")
 
 
 def available() -> bool:

@@ -5,22 +5,14 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
+from qmpd.native import compiled
 
-def _load() -> Any | None:
-    try:
-        return importlib.import_module("qmpd.aio._guest_memory")
-    except ImportError:
-        return None
-
-
-_native = _load()
+_native = compiled("qmpd.aio._guest_memory")
 
 _HUGE = 2 << 20
 """Bytes; a file system with blocks of that size or more is one of huge pages, which are mapped and lost whole."""

@@ -66,7 +66,7 @@ class InPlace:
         """Nothing was taken."""
 
 
-async def fill(node: BlockNode, ranges: Sequence[tuple[int, int]]) -> Filling | None:
+async def begin_filling(node: BlockNode, ranges: Sequence[tuple[int, int]]) -> Filling | None:
     """Return the way to fill `ranges` (start, end) of a node, in order and apart, which are zero now; None if there is
     none. Raises OSError.
     """
@@ -74,7 +74,7 @@ async def fill(node: BlockNode, ranges: Sequence[tuple[int, int]]) -> Filling | 
         return None
     if not available() or node.node_options.detect_zeroes in ("on", "unmap"):
         return None
-    own = await node.fill(ranges)
+    own = await node.begin_filling(ranges)
     if own is not None:
         return own
     way = direct_write(node)

@@ -207,11 +207,11 @@ class BlockNode:
         """Say the same of writes: where `locate` finds a range, writing there changes nothing but its data."""
         return None
 
-    async def fill(self, ranges: Sequence[tuple[int, int]]) -> Filling | None:
+    async def begin_filling(self, ranges: Sequence[tuple[int, int]]) -> Filling | None:
         """Say how `ranges` (start, end) of the node, in order and apart, are filled from file to file, room being made
         for them; None if they are not all empty, or the driver makes no room. Raises OSError.
 
-        Only `block.filling.fill` calls it, which has looked at what else may concern a write.
+        Only `block.filling` calls it, which has looked at what else may concern a write.
         """
         return None
 

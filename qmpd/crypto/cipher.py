@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from qmpd.crypto.ivgen import IvKind, essiv_key, kind_of, plain_iv
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
+from qmpd.native import compiled
 from qmpd.units import KiB, is_power_of_two
 
 Buffer: TypeAlias = memoryview | bytearray | bytes
@@ -87,14 +88,7 @@ class SectorCipher(Protocol):
         """Destroy the key; the cipher is of no use afterwards."""
 
 
-def _load() -> Any | None:
-    try:
-        return importlib.import_module("qmpd.crypto._sectors")
-    except ImportError:
-        return None
-
-
-_native = _load()
+_native = compiled("qmpd.crypto._sectors")
 
 
 def engine_name() -> str:

@@ -74,11 +74,18 @@ class Daemon:
         self.services.events.emit("SHUTDOWN", guest=reason.startswith("guest"), reason=reason)
         self._ending.set_result(reason)
 
-    async def serve(self, ready: Callable[[], None]) -> None:
-        """Serve clients until somebody ends the daemon; `ready` is called when they can connect."""
+    def heed_signals(self) -> None:
+        """Let signals end the daemon in good order from now on: before, they end it at once, however long it starts.
+
+        Called before anything serves a client: what it wrote would be lost.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._end, "host-signal")
         self._loop.add_signal_handler(signal.SIGUSR1, self.dump_tasks)
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Serve clients until somebody ends the daemon; `ready` is called when they can connect."""
+        self.heed_signals()
         self.monitors.start(self.dispatcher, greeting_line(version_info()), LoopClock())
         ready()
         loading = asyncio.create_task(self._load_rest(), name="load plug-ins")

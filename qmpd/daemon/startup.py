@@ -109,6 +109,7 @@ async def _apply_storage(daemon: Daemon, start: Start) -> None:
                 case "monitor":
                     configure.add_monitor(one.value, storage=True)
                 case "export":
+                    daemon.heed_signals()
                     await _add_export(configure, ctx, one)
                 case "nbd-server":
                     await configure.start_nbd_server(ctx, one.value)
@@ -182,6 +183,7 @@ async def _apply_system(daemon: Daemon, start: Start) -> None:
     for one, _ in later.get("mon", []):
         with _Words(one.words):
             configure.add_monitor(one.value, storage=False)
+    daemon.heed_signals()  # a device may serve its disk (`plug=`), as exports do
     await _each(later.get("device", []), lambda value: system_options.add_device(configure, ctx, value))
     for one, _ in later.get("nbd-server", []):
         with _Words(one.words):

@@ -225,7 +225,7 @@ class Qcow2Node(BlockNode):
             return None
         return below.mapped(partial(plain_target, self.image))
 
-    async def fill(self, ranges: Sequence[tuple[int, int]]) -> Filling | None:
+    async def begin_filling(self, ranges: Sequence[tuple[int, int]]) -> Filling | None:
         """Take new clusters for the ranges, if they have none."""
         from qmpd.drivers._qcow2_fill import begin  # only copies of whole disks need it
 

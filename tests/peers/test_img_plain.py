@@ -36,14 +36,14 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fills(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Say of each step of a copy whether the target took it from file to file."""
     seen: list[bool] = []
-    real = filling.fill
+    real = filling.begin_filling
 
     async def noted(node: object, ranges: object) -> object:
         found = await real(node, ranges)  # type: ignore[arg-type]
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(_copy_plain, "fill", noted)
+    monkeypatch.setattr(_copy_plain, "begin_filling", noted)
     return seen
 
 
@@ -314,9 +314,9 @@ async def test_two_fillings_of_one_image_are_linked_and_one_given_up_leaves_noth
         found = filling.plain_source(source)
         assert found is not None
         disk, start = found
-        one = await filling.fill(node, [(0, MiB)])
-        two = await filling.fill(node, [(2 * MiB, 3 * MiB)])
-        three = await filling.fill(node, [(5 * MiB, 6 * MiB)])
+        one = await filling.begin_filling(node, [(0, MiB)])
+        two = await filling.begin_filling(node, [(2 * MiB, 3 * MiB)])
+        three = await filling.begin_filling(node, [(5 * MiB, 6 * MiB)])
         assert one is not None
         assert two is not None
         assert three is not None
@@ -327,7 +327,7 @@ async def test_two_fillings_of_one_image_are_linked_and_one_given_up_leaves_noth
             two.fill(parts[1], grain=64 * KiB, in_order=True, pool=pool),
             one.fill(parts[0], grain=64 * KiB, in_order=True, pool=pool),
         )
-        assert await filling.fill(node, [(MiB - 512, MiB)]) is None, "what holds something is not filled"
+        assert await filling.begin_filling(node, [(MiB - 512, MiB)]) is None, "what holds something is not filled"
         assert node.wr_highest_offset == 3 * MiB
         got = await readers[1].pread(0, 4 * MiB)
         for backend in readers:

@@ -14,6 +14,7 @@ RANKS = {
     # 0 leaf
     "errors": 0,
     "units": 0,
+    "native": 0,
     "streams": 0,
     "trace": 0,
     "version": 0,

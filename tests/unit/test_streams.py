@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_a_daemon_keeps_its_images_apart_from_them(name: str, streams: str, tmp_
         try:
             while not listens(path):
                 assert process.poll() is None, "it has ended"
+                time.sleep(0.02)
             with closing(RawClient(path)) as client:
                 client.ok("blockdev-add", driver="file", filename=str(image), **{"node-name": "n"})
                 assert min(numbers_of(image, process.pid)) > 2

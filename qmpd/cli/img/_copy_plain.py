@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.aio.copying import Part
 from qmpd.aio.pool import BufferPool
-from qmpd.block.filling import fill, plain_source
+from qmpd.block.filling import begin_filling, plain_source
 from qmpd.cli.img._status import stretches
 from qmpd.units import MiB, align_down
 
@@ -156,7 +156,7 @@ class PlainCopier:
                 ranges.append((part.at, part.at + part.length))
         if self._latest is not None:
             await self._latest.settled.wait()
-        self._latest = filling = await fill(node, ranges)
+        self._latest = filling = await begin_filling(node, ranges)
         if filling is not None and max(self.sparse, filling.grain) % filling.grain:
             await filling.give_up()
             return None
