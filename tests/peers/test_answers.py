@@ -5,9 +5,10 @@ One conversation per rule that recorded conversations do not show.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qmpd.formats.luks1 import ALIGNMENT
 from tests.support.daemon import RawClient, running
 from tests.support.nbd_wire import Client
 from tests.support.peers import need
+from tests.support.reference import reference
 
 KiB, MiB = 1 << 10, 1 << 20
 HUGE = (1 << 63) - 1
@@ -49,21 +51,31 @@ def ask(client: RawClient, name: str, arguments: dict[str, Any]) -> Any:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def monitor_of(name: str, folder: Path, *args: str) -> Iterator[RawClient]:
+    """Run one of the four programs."""
+    if name in OURS:
+        with reference(folder, *args, name=name) as client:
+            yield client
+    else:
+        with running(folder, *args, name=name) as daemon:
+            yield daemon.client()
+
+
 def converse(
     folder: Path, requests: list[Request], *, theirs: str = "qemu-storage-daemon", args: Sequence[str] = ()
 ) -> None:
     """Send the requests to both programs and compare."""
     need(theirs)
     answers = []
-    for name, start in ((theirs, [theirs]), (OURS[theirs], [])):
+    for name in (theirs, OURS[theirs]):
         home = folder / name
         home.mkdir()
         for file, size in (("a.img", MiB), ("b.img", MiB), ("c.img", MiB)):
             (home / file).write_bytes(b"")
             with (home / file).open("r+b") as made:
                 made.truncate(size)
-        with running(home, *args, name="qmpd" if "system" in theirs else name, start=start) as daemon:
-            client = daemon.client()
+        with monitor_of(name, home, *args) as client:
             answers.append([ask(client, *request) for request in requests])
     wrong = [
         f"{name} {json.dumps(arguments)[:300]}\n  theirs {json.dumps(one)[:1500]}\n  ours   {json.dumps(two)[:1500]}"
@@ -188,11 +200,10 @@ def test_places_on_the_bus_and_a_drive_without_medium(tmp_path: Path) -> None:
     converse(tmp_path, requests, theirs="qemu-system-x86_64")
 
 
-def ended(folder: Path, name: str, start: list[str], visits: str) -> list[str]:
+def ended(folder: Path, name: str, visits: str) -> list[str]:
     """Export a to e, connect to `visits` in this order, stop the server and return who was deleted, in order."""
     folder.mkdir()
-    with running(folder, name=name, start=start) as daemon:
-        client = daemon.client()
+    with monitor_of(name, folder) as client:
         client.ok("blockdev-add", driver="null-co", node_name="n")
         client.ok("nbd-server-start", addr={"type": "unix", "data": {"path": "n.sock"}}, max_connections=0)
         for export in "abcde":
@@ -211,6 +222,6 @@ def ended(folder: Path, name: str, start: list[str], visits: str) -> list[str]:
 def test_exports_with_clients_end_first_and_in_their_order(tmp_path: Path) -> None:
     need("qemu-storage-daemon")
     for at, visits in enumerate(("", "acd", "dacd", "ebb")):
-        theirs = ended(tmp_path / f"theirs{at}", "qemu-storage-daemon", ["qemu-storage-daemon"], visits)
-        assert ended(tmp_path / f"ours{at}", "qmpd-storage-daemon", [], visits) == theirs, visits
+        theirs = ended(tmp_path / f"theirs{at}", "qemu-storage-daemon", visits)
+        assert ended(tmp_path / f"ours{at}", "qmpd-storage-daemon", visits) == theirs, visits
         assert len(theirs) == 5

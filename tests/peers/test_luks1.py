@@ -17,6 +17,7 @@ from tests.gen import luks1 as gen
 from tests.peers.conftest import need
 from tests.support.daemon import RawClient
 from tests.support.peers import find
+from tests.support.reference import reference
 from tests.unit.luks.memory import MemoryNode, edge, opened
 
 SIZE = 192 * 1024
@@ -218,20 +219,10 @@ async def test_the_second_slot_that_cryptsetup_added_opens(tmp_path: Path) -> No
 
 
 class Reference:
-    """A storage daemon of QEMU's; started again when it has ended itself."""
+    """A storage daemon of QEMU's."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.start()
-
-    def start(self) -> None:
-        path = self.folder / "qsd.sock"
-        path.unlink(missing_ok=True)
-        monitor = ["--chardev", f"socket,id=q,path={path},server=on,wait=off", "--monitor", "chardev=q"]
-        self.process = subprocess.Popen([find("qemu-storage-daemon") or "", *SECRET, *monitor])
-        while not path.exists():
-            assert self.process.poll() is None
-        self.client = RawClient(path)
+    def __init__(self, client: RawClient) -> None:
+        self.client = client
 
     def answer(self, payload: Path, header: Path | None) -> str:
         """Open and close a volume; return "" or the error's text."""
@@ -258,18 +249,12 @@ class Reference:
         self.client.ok("job-dismiss", id="j")
         self.client.ok("blockdev-del", node_name="h")
 
-    def stop(self) -> None:
-        self.client.close()
-        self.process.terminate()
-        self.process.wait(20)
 
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+@pytest.fixture(scope="module", name="reference")
+def _reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     need("qemu-storage-daemon")
-    daemon = Reference(tmp_path_factory.mktemp("qsd"))
-    yield daemon
-    daemon.stop()
+    with reference(tmp_path_factory.mktemp("qsd"), *SECRET) as client:
+        yield Reference(client)
 
 
 WRAPS = ("slot 7 at the end of all",)

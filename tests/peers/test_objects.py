@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID as Purpose
 
 from tests.gen.certificates import Spec, authority, dh_pem, directory, key_pem, pem, sign
-from tests.support.daemon import RawClient, running
+from tests.support.daemon import running
 from tests.support.peers import need
+from tests.support.reference import STORAGE_DAEMON, reference
 
-DAEMON = "qemu-storage-daemon"
 KEY = base64.b64encode(bytes(range(32))).decode()
 IV = base64.b64encode(b"defghijklmnopqrs").decode()
 
@@ -38,31 +35,6 @@ def get(path: str, name: str) -> Request:
     return "qom-get", {"path": path, "property": name}
 
 
-def listening(path: Path) -> bool:
-    """Say so without connecting: QEMU's socket serves one client at a time."""
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return any(row[3] == "00010000" and row[-1] == str(path) for row in sockets)
-
-
-@contextmanager
-def reference(folder: Path) -> Iterator[RawClient]:
-    """Run QEMU's daemon."""
-    path = folder / "qemu.sock"
-    process = subprocess.Popen(
-        [DAEMON, "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c"], cwd=folder
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while not listening(path):
-            assert time.monotonic() < deadline, f"{DAEMON} does not listen"
-            time.sleep(0.02)
-        with closing(RawClient(path)) as client:
-            yield client
-    finally:
-        process.kill()
-        process.wait()
-
-
 def sorted_rows(reply: dict[str, Any]) -> dict[str, Any]:
     """QEMU's lists of names come in the order of a hash table."""
     rows = reply.get("return")
@@ -72,7 +44,7 @@ def sorted_rows(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(folder: Path, requests: list[Request]) -> None:
-    need(DAEMON)
+    need(STORAGE_DAEMON)
     wrong = []
     with reference(folder) as theirs, running(folder, name="qmpd-storage-daemon") as daemon:
         ours = daemon.client()

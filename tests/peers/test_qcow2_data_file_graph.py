@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tests.gen.qcow2_model import Op
 from tests.peers.conftest import need
 from tests.support.daemon import RawClient, running
 from tests.support.data_files import call, qemu_img
+from tests.support.reference import reference
 
 
 def _graph(client: RawClient) -> set[tuple[Any, ...]]:
@@ -113,21 +113,8 @@ def _daemon(kind: str, folder: Path) -> Iterator[RawClient]:
         with running(folder, name="qmpd-storage-daemon") as daemon:
             yield daemon.client()
         return
-    path = folder / "qemu.socket"
-    words = ["--chardev", f"socket,id=q,path={path},server=on,wait=off", "--monitor", "chardev=q"]
-    process = subprocess.Popen(["qemu-storage-daemon", *words])
-    try:
-        for _ in range(200):
-            if path.exists():
-                break
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.05)
-        client = RawClient(path)
+    with reference(folder) as client:
         yield client
-        client.close()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_blockdev_create_names_the_file_of_the_node(tmp_path: Path) -> None:

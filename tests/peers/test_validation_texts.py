@@ -2,74 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import random
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qmpd.qapi.hashorder import first_left
+from tests.support.daemon import RawClient
 from tests.support.peers import need
+from tests.support.reference import SOCKET, STORAGE_DAEMON, reference
 from tests.unit.qapi.texts import NOT_NEGOTIATED, OPTIONS, REFUSED
 
-DAEMON = "qemu-storage-daemon"
 SEED = 20260801
 
 
-class Reference:
-    """A connection to a storage daemon of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "qmp"
-        self.process = subprocess.Popen(
-            [DAEMON, "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c"]
-        )
-        deadline = time.monotonic() + 20
-        while not path.exists():
-            assert time.monotonic() < deadline, f"{DAEMON} does not listen"
-            time.sleep(0.01)
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(str(path))
-        self.stream = self.socket.makefile("rw", encoding="utf-8")
-        self.stream.readline()
-
-    def ask(self, command: str, arguments: dict[str, Any]) -> str | None:
-        """Return the text of the error, None if there is none."""
-        self.stream.write(json.dumps({"execute": command, "arguments": arguments}))
-        self.stream.flush()
-        reply = json.loads(self.stream.readline())
-        return reply["error"]["desc"] if "error" in reply else None
-
-    def close(self) -> None:
-        self.stream.close()
-        self.socket.close()
-        self.process.kill()
-        self.process.wait()
+Ask = Callable[[str, dict[str, Any]], str | None]
 
 
-@pytest.fixture
-def reference(tmp_path: Path) -> Iterator[Reference]:
-    need(DAEMON)
-    made = Reference(tmp_path)
-    yield made
-    made.close()
+@pytest.fixture(name="ask")
+def _ask(tmp_path: Path) -> Iterator[Ask]:
+    """Ask a storage daemon of QEMU's; gives the text of the error, None if there is none."""
+    need(STORAGE_DAEMON)
+    with reference(tmp_path) as ready:
+        ready.close()
+        with closing(RawClient(tmp_path / SOCKET, negotiate=False)) as client:
+
+            def ask(command: str, arguments: dict[str, Any]) -> str | None:
+                reply = client.send({"execute": command, "arguments": arguments})
+                return reply["error"]["desc"] if "error" in reply else None
+
+            yield ask
 
 
-def test_every_refusal_is_the_references(reference: Reference) -> None:
+def test_every_refusal_is_the_references(ask: Ask) -> None:
     wrong = []
     for command, arguments, text in [*NOT_NEGOTIATED, ("qmp_capabilities", {}, None), *REFUSED]:
-        if (said := reference.ask(command, arguments)) != text:
+        if (said := ask(command, arguments)) != text:
             wrong.append((command, arguments, said, text))
     assert wrong == []
 
 
-def test_of_several_unexpected_members_the_same_one_is_named(reference: Reference) -> None:
-    assert reference.ask("qmp_capabilities", {}) is None
+def test_of_several_unexpected_members_the_same_one_is_named(ask: Ask) -> None:
+    assert ask("qmp_capabilities", {}) is None
     chance = random.Random(SEED)
     for count in [2] * 60 + [*range(3, 23)] * 4 + [40, 80, 200]:
         names = ["".join(chance.choices("abcdefgh-xyz01é", k=chance.randint(1, 9))) for _ in range(count)]
@@ -80,7 +58,7 @@ def test_of_several_unexpected_members_the_same_one_is_named(reference: Referenc
             ("blockdev-add", node, ["driver", "node-name"]),
         ):
             expected = first_left(list(arguments), known)
-            assert reference.ask(command, arguments) == f"Parameter '{expected}' is unexpected", list(arguments)
+            assert ask(command, arguments) == f"Parameter '{expected}' is unexpected", list(arguments)
 
 
 def keyval(value: Any, prefix: str = "") -> str:
@@ -93,10 +71,10 @@ def keyval(value: Any, prefix: str = "") -> str:
 
 @pytest.mark.parametrize(("option", "tree", "text"), OPTIONS, ids=lambda value: str(value)[:60])
 def test_every_refused_option_is_the_references(option: str, tree: dict[str, Any], text: str | None) -> None:
-    need(DAEMON)
+    need(STORAGE_DAEMON)
     # a chardev that cannot be made ends the program when the options before it were accepted
     run = subprocess.run(
-        [DAEMON, option, keyval(tree), "--chardev", "socket,id=c,path=/nonexistent/s,server=on,wait=off"],
+        [STORAGE_DAEMON, option, keyval(tree), "--chardev", "socket,id=c,path=/nonexistent/s,server=on,wait=off"],
         capture_output=True,
         text=True,
         timeout=20,

@@ -27,15 +27,19 @@ def program(name: str) -> str:
 class RawClient:
     """A QMP client as plain as can be: lines of JSON, replies and events told apart by their members."""
 
-    def __init__(self, path: Path, *, negotiate: bool = True) -> None:
+    def __init__(self, path: Path, *, negotiate: bool = True, handshake_seconds: float = REPLY_SECONDS) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(REPLY_SECONDS)
-        self._socket.connect(str(path))
+        self._socket.settimeout(handshake_seconds)
         self._buffer = b""
         self.events: list[dict[str, Any]] = []
-        self.greeting = self.receive()
-        if negotiate:
-            assert self.command("qmp_capabilities") == {"return": {}}
+        with contextlib.ExitStack() as unless_greeted:
+            unless_greeted.callback(self._socket.close)
+            self._socket.connect(str(path))
+            self.greeting = self.receive()
+            if negotiate:
+                assert self.command("qmp_capabilities") == {"return": {}}
+            unless_greeted.pop_all()
+        self._socket.settimeout(REPLY_SECONDS)
 
     def receive(self) -> dict[str, Any]:
         """Return the next message; raises EOFError at the end of the stream, TimeoutError after long silence."""

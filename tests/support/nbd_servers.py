@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.daemon import RawClient, listens, running
-from tests.support.peers import find
+from tests.support.reference import reference
 
 START_SECONDS = 20.0
 
@@ -34,21 +34,8 @@ def qmpd(folder: Path, *args: str) -> Iterator[RawClient]:
 @contextlib.contextmanager
 def qemu(folder: Path, *args: str) -> Iterator[RawClient]:
     """Run qemu-storage-daemon with `args`; gives its monitor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    program = find("qemu-storage-daemon")
-    assert program is not None
-    path = folder / "qmp.sock"
-    monitor = ["--chardev", f"socket,id=qmp0,path={path},server=on,wait=off", "--monitor", "chardev=qmp0"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([program, *monitor, *args], cwd=folder, stdout=log, stderr=log)
-    try:
-        wait_for(path, process)
-        client = RawClient(path)
-        yield client
-        client.close()
-    finally:
-        process.terminate()
-        process.wait(20)
+    with reference(folder, *args) as monitor:
+        yield monitor
 
 
 def serving(folder: Path, *exports: str) -> list[str]:
