@@ -30,14 +30,16 @@ MAX_FDS = 16
 BACKLOG = 128
 """Clients that may wait to be accepted."""
 
+_ZEROES = memoryview(bytes(RECEIVE))
 _CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class Receiver(Protocol):
     """Whoever owns a connection."""
 
-    def data_received(self, data: bytes, fds: list[int]) -> None:
-        """Take the next bytes and the descriptors that came with them, which the receiver closes."""
+    def data_received(self, data: bytearray, fds: list[int]) -> None:
+        """Take the next bytes, zeroed afterwards as they may hold a passphrase, and the descriptors that came with
+        them, which the receiver closes."""
 
     def room_made(self) -> None:
         """Some of what was to be sent has left."""
@@ -53,6 +55,7 @@ class Connection:
         self._sock = sock
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
+        self._received = bytearray(RECEIVE)
         self._pending: deque[memoryview] = deque()
         self._flush_due = False
         self._writing = False
@@ -126,19 +129,23 @@ class Connection:
 
     def _read(self) -> None:
         try:
-            data, ancillary, _, _ = self._sock.recvmsg(RECEIVE, _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC)
+            length, ancillary, _, _ = self._sock.recvmsg_into([self._received], _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close("" if error.errno == errno.ECONNRESET else os.strerror(error.errno or 0))
             return
         fds = descriptors(ancillary) if ancillary else []
-        if not data:
+        if not length:
             for fd in fds:
                 os.close(fd)
             self.close("")
             return
-        self._receiver.data_received(data, fds)
+        data = self._received[:length]
+        try:
+            self._receiver.data_received(data, fds)
+        finally:
+            data[:] = self._received[:length] = _ZEROES[:length]
 
     def close(self, reason: str) -> None:
         """End the connection at once and tell the receiver why."""

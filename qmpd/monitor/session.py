@@ -97,7 +97,7 @@ class ClientSession:
         await self._connection.drain(patience)
         self._connection.close("")
 
-    def data_received(self, data: bytes, fds: list[int]) -> None:
+    def data_received(self, data: bytearray, fds: list[int]) -> None:
         """Take bytes of the client, and descriptors, of which the newest few are kept."""
         self._fds.extend(fds)
         while len(self._fds) > MAX_FDS:

@@ -94,8 +94,8 @@ class CommandFramer:
         self._message = bytearray()
         self._total = self._count = self._braces = self._brackets = 0
 
-    def feed(self, data: bytes) -> list[Any]:
-        """Take the next bytes; return what they complete, in order.
+    def feed(self, data: bytes | bytearray) -> list[Any]:
+        """Take the next bytes, of which nothing but what is not complete is kept; return what they complete, in order.
 
         Each item is a JSON value (of any type; a request should be a dict) or a `Malformed`.
         """
@@ -117,13 +117,13 @@ class CommandFramer:
             self._reset()
         return found
 
-    def _fast(self, data: bytes, found: list[Any]) -> int:
+    def _fast(self, data: bytes | bytearray, found: list[Any]) -> int:
         """Cut whole objects off the start of `data`; return the bytes that are done with."""
         end = data.rfind(b"}") + 1
         if not end:
             return 0
         try:
-            text = data[:end].decode("utf-8")
+            text = str(memoryview(data)[:end], "utf-8")
         except UnicodeDecodeError:
             return 0
         if not _is_plain(text):
@@ -147,7 +147,7 @@ class CommandFramer:
             at = stop
         return at if text.isascii() else len(text[:at].encode("utf-8"))
 
-    def _slow(self, data: bytes, at: int, found: list[Any], *, pause: bool = False) -> int:
+    def _slow(self, data: bytes | bytearray, at: int, found: list[Any], *, pause: bool = False) -> int:
         """Take `data[at:]` token by token; return the bytes that are done with.
 
         pause   stop behind the first message, if the fast way can go on from there

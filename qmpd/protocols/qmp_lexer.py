@@ -137,7 +137,7 @@ class Lexer:
         """True between tokens: nothing is held back and nothing is being skipped."""
         return self._state is _State.START
 
-    def tokens(self, data: bytes, start: int = 0) -> Iterator[tuple[Kind, bytes, int]]:
+    def tokens(self, data: bytes | bytearray, start: int = 0) -> Iterator[tuple[Kind, bytes, int]]:
         """Yield (kind, bytes, end) for each token that ends in `data[start:]`.
 
         end   index in `data` just behind the token. The caller may stop there and go on later from
@@ -175,7 +175,7 @@ class Lexer:
         self._state = _State.START
         self._partial.clear()
 
-    def _step(self, data: bytes, at: int) -> tuple[Kind | None, int]:
+    def _step(self, data: bytes | bytearray, at: int) -> tuple[Kind | None, int]:
         """Take one run or one byte; a kind means that `_partial` is a finished token."""
         state = self._state
         run = _STRING_RUN[self._quote] if state is _State.STRING else _RUN.get(state)
