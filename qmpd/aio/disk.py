@@ -103,6 +103,19 @@ class DiskFile:
                 self._reaching.remove(end)
                 self.refresh_size()
 
+    def switch(self, fd: int, *, direct: bool) -> None:
+        """Go on with another descriptor of the same file, which is closed; its number stays what it was.
+
+        Nothing is in flight. Raises OSError.
+        """
+        try:
+            os.dup2(fd, self.fd, inheritable=False)
+        finally:
+            os.close(fd)
+        if direct != self.direct:
+            self.direct, self.nowait = direct, not direct
+            self._pool = BufferPool() if direct else None
+
     def allocated_size(self) -> int:
         """Return the bytes that the file takes on its disk."""
         return os.fstat(self.fd).st_blocks * 512

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block import filename, opening, protocol_names, ranges
@@ -43,7 +43,8 @@ async def open_backing(graph: Graph, node: BlockNode, members: Mapping[str, Any]
         backing = await _find(graph, node, members.get("backing"), slow, depth)
         try:
             with graph.change() as tran:
-                tran.attach(node, "backing", ChildRole.COW, backing)
+                edge = tran.attach(node, "backing", ChildRole.COW, backing)
+            edge.inherits = not isinstance(members.get("backing"), str)
         except BaseException:
             await graph.drop_unreferenced(backing)
             raise
@@ -53,6 +54,23 @@ async def open_backing(graph: Graph, node: BlockNode, members: Mapping[str, Any]
     if "backing" not in members:
         node.auto_backing = shown
     node.backing_overridden = shown != node.auto_backing
+
+
+def refresh_names(nodes: Iterable[BlockNode]) -> None:
+    """Find out anew whether `nodes` and those above them have the backing file that their image names."""
+    above: list[BlockNode] = []
+    todo = list(nodes)
+    while todo:
+        node = todo.pop(0)
+        if node in above:
+            above.remove(node)  # to come after all that is below it
+        above.append(node)
+        todo += [edge.parent for edge in node.parents if isinstance(edge.parent, BlockNode)]
+    for node in above:
+        if node.supports_backing:
+            edge = node.children.get("backing")
+            shown = filename.node_filename(edge.node) if edge is not None else ""
+            node.backing_overridden = shown != node.auto_backing
 
 
 async def _find(graph: Graph, node: BlockNode, given: Any, slow: Slow, depth: int) -> BlockNode:

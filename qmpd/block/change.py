@@ -21,6 +21,8 @@ class Transaction:
         self._undo: list[Callable[[], None]] = []
         self._commit: list[Callable[[], None]] = []
         self._touched: list[BlockNode] = []
+        self.losing_write: set[BlockNode] = set()
+        """Nodes that were writable before the change, and are not any more."""
 
     def attach(
         self,
@@ -62,18 +64,22 @@ class Transaction:
 
     def replace(self, child: Child, node: BlockNode) -> None:
         """Point an edge at another node; its permissions stay what its parent asks for."""
-        old = child.node
+        old, inherits = child.node, child.inherits
         place = old.parents.index(child)
         del old.parents[place]
-        child.node = node
+        child.node, child.inherits = node, False
         node.parents.insert(0, child)
 
         def restore() -> None:
             node.parents.remove(child)
-            child.node = old
+            child.node, child.inherits = old, inherits
             old.parents.insert(place, child)
 
         self._undo.append(restore)
+        if isinstance(child.parent, BlockNode):
+            parent = child.parent
+            self._commit.append(lambda: parent.child_replaced(child))
+            self._touched.append(parent)
         self._touched += [old, node]
 
     def set_perm(self, child: Child, perm: Perm, shared: Perm) -> None:
@@ -118,6 +124,8 @@ class Transaction:
         check_conflicts(node)
         perm, shared = cumulative(node)
         if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED) and not node.writable:
+            if node in self.losing_write:
+                raise CommandError(f"Read-only block node '{node.name}' cannot support read-write users")
             raise CommandError("Block node is read-only")
         if perm & Perm.WRITE and not perm & Perm.RESIZE and node.size % node.request_alignment:
             raise CommandError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qmpd.block import perm as perms
@@ -20,6 +20,7 @@ from qmpd.block.ranges import RangeTable
 from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
+    from qmpd.block.change import Transaction
     from qmpd.block.child import Child
     from qmpd.block.direct import DirectRead
     from qmpd.block.dirty_bitmap import DirtyBitmap
@@ -52,6 +53,14 @@ class Extent(NamedTuple):
     compressed: bool = False
 
 
+ReopenStep = Callable[["Transaction"], None]
+"""A part of a change of the graph that gives a node other options."""
+
+
+def no_step(tran: Transaction) -> None:
+    """Change nothing."""
+
+
 class Discard(enum.Enum):
     """What a node does with discard requests that reach it."""
 
@@ -81,8 +90,11 @@ class BlockNode:
     opens_writing    True if opening a writable node needs a writable file at once (qcow2)
     supports_snapshots  True if it keeps internal snapshots
     can_compress     True if the driver stores compressed clusters, or passes them on (COMPRESSED)
+    reopens          True if the node can get other options while it is open
+    reopen_takes     its own options that may then have another value; a dot at the end stands for what is below
+    reopen_resets    those of them that may be left out, to have their default again
 
-    Set by the graph before `open`: name, graph, node_options, given, read_only, children
+    Set by the graph before `open`: name, graph, node_options, given, explicit, read_only, children
     Set by a driver with backing in `open`: backing_file, backing_format, as the image names them
     Set by the driver in `open`: size; and where they differ from the default, request_alignment,
     zero_alignment (best alignment of zero and discard requests), supports_fua, locked (False if
@@ -104,6 +116,9 @@ class BlockNode:
     can_compress: ClassVar[bool] = False
     filename_protocols: ClassVar[Sequence[str]] = ()
     directory_refusal: ClassVar[str] = ""
+    reopens: ClassVar[bool] = False
+    reopen_takes: ClassVar[Sequence[str]] = ()
+    reopen_resets: ClassVar[Sequence[str]] = ()
 
     def __init__(self, graph: Graph, name: str, node_options: NodeOptions, given: Mapping[str, Any]) -> None:
         """Make an unopened node.
@@ -115,6 +130,8 @@ class BlockNode:
         self.name = name
         self.node_options = node_options
         self.given = given
+        self.explicit: Mapping[str, Any] = {}
+        """The base of BlockdevOptions as it was given, before inheritance (wire names)."""
         self.read_only = bool(node_options.read_only)
         self.children: dict[str, Child] = {}
         self.parents: list[Child] = []
@@ -172,6 +189,22 @@ class BlockNode:
     async def close(self) -> None:
         """Flush own caches and release everything; children are still attached. Never raises
         for I/O errors: they are logged."""
+
+    async def prepare_reopen(self, options: Any, generic: NodeOptions) -> ReopenStep:
+        """Say what other options mean, once they are known to be allowed; no request is in flight.
+
+        options   as for `open`      generic   the base of the options, after inheritance
+        Returns the step that makes them true, run in the change of the graph that sets the generic ones; it undoes
+        itself through the transaction. What is to be written before the node becomes read-only is written here: the
+        change may still fail, and the node is then used as before. Raises CommandError, ImageError, OSError.
+        """
+        return no_step
+
+    async def reopened(self) -> None:
+        """Do what needs the new permissions, once they are there. Raises CommandError, OSError: all goes back."""
+
+    def child_replaced(self, child: Child) -> None:
+        """Called when an edge below leads to another node, for good."""
 
     def stop_waiting(self) -> None:
         """Fail what waits for something outside that may never come, from now on: the program ends.

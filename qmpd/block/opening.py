@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qmpd.block import backing, filename
 from qmpd.block.child import Child
 from qmpd.block.node import BlockNode
-from qmpd.block.options import NodeOptions, OpenFlags, driver_members
+from qmpd.block.options import GENERIC_MEMBERS, NodeOptions, OpenFlags, driver_members
 from qmpd.block.perm import ChildRole
 from qmpd.errors import CommandError
 from qmpd.qapi.bind import build
@@ -64,6 +64,7 @@ class _Opening:
     ) -> None:
         self.graph, self.entry, self.generic, self.slow, self.depth = graph, entry, generic, slow, depth
         self.members = driver_members(tree)
+        self.explicit = {name: tree[name] for name in GENERIC_MEMBERS if name in tree and name != "driver"}
         self.inline: list[BlockNode] = []
         self.node: BlockNode | None = None
         self.name: str | None = None
@@ -78,6 +79,7 @@ class _Opening:
         self.name = self.graph.reserve(self.generic.node_name)
         node: BlockNode = self.entry.cls(self.graph, self.name, self.generic, self.members)
         node.sequence = self.graph.next_sequence()
+        node.explicit = self.explicit
         self.node = node
         for name, role in roles.items():
             if self.members.get(name) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -70,6 +70,11 @@ class NodeOptions:
             detect_zeroes=tree.get("detect-zeroes"),
             active=tree.get("active"),
         )
+
+    def overridden_by(self, own: NodeOptions) -> NodeOptions:
+        """Return these options with those of `own` in place of them that were given."""
+        given = {field.name: value for field in fields(own) if (value := getattr(own, field.name)) is not None}
+        return replace(self, **given)
 
     def inherited_by(self, child: NodeOptions, *, backing: bool = False, parent_is_format: bool = True) -> NodeOptions:
         """Return the options of an inline child: its own, then this parent's (bdrv_inherited_options).

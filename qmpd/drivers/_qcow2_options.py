@@ -37,6 +37,22 @@ OVERLAP_KINDS = (
     "inactive-l2",
     "bitmap-directory",
 )
+CHANGEABLE = (
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "discard-no-unref",
+    "overlap-check",
+    "overlap-check.",
+    "cache-size",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-clean-interval",
+)
+"""Options that an open image may get other values of, or their defaults again."""
+
 _TEMPLATES = {
     "none": frozenset[str](),
     "constant": frozenset(("main-header", "active-l1", "refcount-table", "snapshot-table", "bitmap-directory")),

@@ -81,6 +81,7 @@ class BlkdebugNode(FilterNode):
 
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"image": ChildRole.FILTERED | ChildRole.PRIMARY}
     has_protocol_name = True
+    reopens = True
     strong_options = (
         "config",
         "inject-error.",

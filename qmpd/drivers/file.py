@@ -12,13 +12,15 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qmpd.aio import locks
 from qmpd.aio.disk import DIRECT_ALIGNMENT, DiskFile, open_fd
 from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.change import Transaction
 from qmpd.block.direct import DirectRead
-from qmpd.block.node import BlockNode, Extent
+from qmpd.block.node import BlockNode, Extent, ReopenStep
+from qmpd.block.options import NodeOptions
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError, FileTooLarge
 from qmpd.qapi.registry import driver
@@ -38,12 +40,23 @@ class FileOptions:
     x_check_cache_dropped: bool = False
 
 
+class _Descriptor(NamedTuple):
+    """A descriptor of the file that is to take the place of the present one."""
+
+    fd: int
+    writes: bool
+    direct: bool
+
+
 @driver("file", schema="BlockdevOptionsFile", options=FileOptions)
 class FileNode(BlockNode):
     """A regular file."""
 
     is_protocol = True
     strong_options = ("filename",)
+    reopens = True
+    reopen_takes = ("drop-cache", "x-check-cache-dropped")
+    reopen_resets = ("x-check-cache-dropped",)
     format_name = "file"
 
     disk: DiskFile
@@ -62,7 +75,7 @@ class FileNode(BlockNode):
         if options.pr_manager is not None:
             raise CommandError(f"No persistent reservation manager with id '{options.pr_manager}'")
         self.path = options.filename
-        self._upgrade: int | None = None
+        self._next: _Descriptor | None = None
         self._held = (Perm.NONE, Perm.ALL)
         self._discards = [0, 0, 0]
         self.outside = Perm.NONE
@@ -125,40 +138,78 @@ class FileNode(BlockNode):
 
     def check_perm(self, perm: Perm, shared: Perm) -> None:
         """Take the image locks of the new permissions beside the old ones, or refuse."""
-        if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED) and not self._writes:
-            self._upgrade = self._reopen(os.O_RDWR)
+        writes = self._writes if self._next is None else self._next.writes
+        if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED) and not writes:
+            self._replace(self._reopen(os.O_RDWR, self._direct), writes=True, direct=self._direct)
         shared &= ~self.outside
         self._wanted = (perm, shared)
-        if not self._locking or self._wanted == self._held:
+        if not self._locking or (self._wanted == self._held and self._next is None):
             return
         old_perm, old_shared = self._held
         try:
             locks.apply(self.disk.fd, perm | old_perm, ~shared | ~old_shared, release=False)
             locks.check(self.disk.fd, perm, ~shared, self.path)
-            if self._upgrade is not None:
-                locks.apply(self._upgrade, perm, ~shared, release=False)
+            if self._next is not None:
+                locks.apply(self._next.fd, perm, ~shared, release=False)
         except CommandError:
             self.abort_perm()
             raise
 
     def flock_descriptor(self) -> int | None:
         """Return a descriptor of its own for whole-file locks, which the caller closes; None without locking."""
-        return self._reopen(os.O_RDONLY) if self._locking else None
+        return self._reopen(os.O_RDONLY, self.disk.direct) if self._locking else None
 
-    def _reopen(self, flags: int) -> int:
-        if self.disk.direct:
+    def _reopen(self, flags: int, direct: bool) -> int:
+        """Return a new descriptor of the file. Raises CommandError."""
+        if direct:
             flags |= os.O_DIRECT
         try:
             return os.open(f"/proc/self/fd/{self.disk.fd}", flags | os.O_CLOEXEC)
         except OSError as error:
-            raise CommandError(f"Could not reopen '{self.path}' for writing: {error.strerror}") from error
+            raise self._refusal(error, direct) from error
+
+    @property
+    def _direct(self) -> bool:
+        """True if I/O is to be direct from the present change on."""
+        return self.disk.direct if self._next is None else self._next.direct
+
+    def _replace(self, fd: int, *, writes: bool, direct: bool) -> None:
+        """Go over to a descriptor when the present change is final."""
+        if self._next is not None:
+            os.close(self._next.fd)
+        self._next = _Descriptor(fd, writes, direct)
+
+    async def prepare_reopen(self, options: FileOptions, generic: NodeOptions) -> ReopenStep:
+        """Another descriptor will be needed if direct I/O, or whether the file is written to, changes."""
+        return self._become
+
+    def _become(self, tran: Transaction) -> None:
+        """Open the file as the node's options, which were just set, have it. Raises CommandError."""
+        direct = bool(self.node_options.cache_direct)
+        automatic = bool(self.node_options.auto_read_only)
+        if automatic and not self.read_only and not os.access(f"/proc/self/fd/{self.disk.fd}", os.W_OK):
+            self.read_only = True
+        if self.read_only:
+            writes = False
+        else:
+            writes = self._writes if automatic else True
+        if (writes, direct) != (self._writes, self.disk.direct):
+            flags = os.O_RDWR if writes else os.O_RDONLY
+            self._replace(self._reopen(flags, direct), writes=writes, direct=direct)
+            tran.on_undo(self._forget_next)
+        alignment, self.request_alignment = self.request_alignment, DIRECT_ALIGNMENT if direct else 1
+
+        def restore() -> None:
+            self.request_alignment = alignment
+
+        tran.on_undo(restore)
 
     def commit_perm(self) -> None:
         """Release the locks that are no longer needed, and use the descriptor that can write."""
-        if self._upgrade is not None:
-            os.dup2(self._upgrade, self.disk.fd, inheritable=False)
-            os.close(self._upgrade)
-            self._upgrade, self._writes = None, True
+        if self._next is not None:
+            fd, self._writes, direct = self._next
+            self._next = None
+            self.disk.switch(fd, direct=direct)
         perm, shared = self._wanted
         if self._locking:
             locks.apply(self.disk.fd, perm, ~shared, release=True)
@@ -166,12 +217,15 @@ class FileNode(BlockNode):
 
     def abort_perm(self) -> None:
         """Go back to the locks that were held."""
-        if self._upgrade is not None:
-            os.close(self._upgrade)
-            self._upgrade = None
+        self._forget_next()
         if self._locking:
             perm, shared = self._held
             locks.apply(self.disk.fd, perm, ~shared, release=True)
+
+    def _forget_next(self) -> None:
+        if self._next is not None:
+            os.close(self._next.fd)
+            self._next = None
 
     # --- I/O --------------------------------------------------------------------------------------
 

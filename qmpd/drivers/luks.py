@@ -19,8 +19,8 @@ from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.direct import DirectRead
 from qmpd.block.exclusive import alone
-from qmpd.block.node import BlockNode
-from qmpd.block.options import OpenFlags
+from qmpd.block.node import BlockNode, ReopenStep, no_step
+from qmpd.block.options import NodeOptions, OpenFlags
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.crypto.block import BlockCrypto
 from qmpd.crypto.secretbytes import SecretBytes
@@ -33,7 +33,7 @@ from qmpd.luks.keys import KeyslotEdit, edit_keyslots
 from qmpd.luks.luks2 import Luks2Volume
 from qmpd.luks.payload import POOL_CAP, write_encrypted
 from qmpd.luks.shared import SharedHeader, header_of
-from qmpd.luks.shared_key import KeyUse, forget_use, note_use, note_writing, sharing
+from qmpd.luks.shared_key import KeyUse, forget_use, note_payload, note_use, note_writing, sharing
 from qmpd.luks.update2 import update_header
 from qmpd.luks.volume import Unlocked, Volume
 from qmpd.luks.work import transform
@@ -68,6 +68,7 @@ class LuksNode(BlockNode):
         "header": ChildRole.METADATA,
     }
     strong_options = ("key-secret",)
+    reopens = True
     _gains_writer = False
 
     async def open(self, options: LuksOptions) -> None:
@@ -125,7 +126,7 @@ class LuksNode(BlockNode):
                 self.encryption = Encryption(self._source, self.file, self._crypto, self.volume.journal, key)
             if self._detached:
                 key = binding_key(unlocked.key, self.volume.info()["uuid"])
-                self._bindings = Bindings(self._source, self._source.node, key)
+                self._bindings = Bindings(self._source, key)
             use = KeyUse.of(unlocked.key, self.volume.first_sector, self.file.node)
         finally:
             unlocked.wipe()
@@ -161,6 +162,25 @@ class LuksNode(BlockNode):
         if sector != SECTOR and size % sector:
             raise CommandError(f"The LUKS payload has {size} bytes, not a multiple of its sector size {sector}")
         self.size = size
+
+    async def prepare_reopen(self, options: LuksOptions, generic: NodeOptions) -> ReopenStep:
+        """Wait for what changes the header or the payload: it relies on the edges that it has."""
+        if self.encryption is not None:
+            raise CommandError("Cannot reopen a volume that is being encrypted in place")
+        if self._amending:
+            raise CommandError("Cannot reopen a volume whose key slots are being changed")
+        return no_step
+
+    def child_replaced(self, child: Child) -> None:
+        """Share the header with those who are on the same node now."""
+        if child is self._source:
+            self._shared.users -= 1
+            self._shared.nodes.discard(self)
+            self._shared = header_of(child.node)
+            self._shared.users += 1
+            self._shared.nodes.add(self)
+        if child is self.file:
+            note_payload(self, child.node)
 
     async def close(self) -> None:
         """Wipe the key."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qmpd.block.batch import Batch, Request, WriteFlags
-from qmpd.block.node import BlockNode, Extent
+from qmpd.block.node import BlockNode, Extent, ReopenStep, no_step
+from qmpd.block.options import NodeOptions
 from qmpd.drivers._nbd_link import Link, Place, negotiate
 from qmpd.errors import CommandError, QmpdError
 from qmpd.protocols import nbd_uri
@@ -96,6 +97,7 @@ class NbdNode(BlockNode):
     """The client of one export."""
 
     is_protocol = True
+    reopens = True
     strong_options = ("export", "tls-creds", "tls-hostname", "server.")
     directory_refusal = "Cannot generate a base directory for NBD nodes"
     filename_protocols: ClassVar[Sequence[str]] = nbd_uri.SCHEMES
@@ -224,6 +226,12 @@ class NbdNode(BlockNode):
         if agreed.minimum_block > self.request_alignment:
             raise CommandError(f"minimum block size is {agreed.minimum_block} now, it was {self.request_alignment}")
         self.supports_fua = bool(agreed.flags & TransmissionFlag.SEND_FUA)
+
+    async def prepare_reopen(self, options: NbdOptions, generic: NodeOptions) -> ReopenStep:
+        """Refuse to write to what the server does not let anybody write to."""
+        if self.agreed.flags & TransmissionFlag.READ_ONLY and not generic.read_only:
+            raise CommandError("Can't reopen read-only NBD mount as read/write")
+        return no_step
 
     async def close(self) -> None:
         """Take leave of the server."""

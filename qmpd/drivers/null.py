@@ -36,7 +36,8 @@ class NullNode(BlockNode):
 
     is_protocol = True
     opens_alone = True
-    strong_options = ("size", "latency-ns", "read-zeroes")
+    reopens = True
+    strong_options = ("size", "read-zeroes")
 
     async def open(self, options: NullOptions) -> None:
         """Take the size; the reference aborts on a negative one."""

@@ -12,8 +12,11 @@ import logging
 from dataclasses import dataclass
 
 from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.change import Transaction
 from qmpd.block.child import Child
 from qmpd.block.filter import FilterNode
+from qmpd.block.node import ReopenStep
+from qmpd.block.options import NodeOptions
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.ranges import RangeTable
 from qmpd.errors import CommandError
@@ -38,6 +41,21 @@ class PreallocateOptions:
     prealloc_size: int = 128 * MiB
 
 
+def _check(options: PreallocateOptions) -> None:
+    """Raise CommandError unless files can grow in such steps."""
+    for name, value in (("prealloc-align", options.prealloc_align), ("prealloc-size", options.prealloc_size)):
+        if not 0 <= value < 1 << 62:
+            raise CommandError(f"Value '{value}' is out of range for parameter '{name}'")
+    if options.prealloc_align % SECTOR:
+        raise CommandError(f"prealloc-align parameter of preallocate filter is not aligned to {SECTOR}")
+    below = options.file.node.request_alignment
+    if options.prealloc_align % below:
+        raise CommandError(
+            "prealloc-align parameter of preallocate filter is not aligned to underlying node "
+            f"request alignment ({below})"
+        )
+
+
 @driver("preallocate", schema="BlockdevOptionsPreallocate", options=PreallocateOptions)
 class PreallocateNode(FilterNode):
     """Keeps space ahead of the end.
@@ -47,6 +65,9 @@ class PreallocateNode(FilterNode):
     _zero_start  from here to the end of the file there are only zeroes
     """
 
+    reopens = True
+    reopen_takes = ("prealloc-align", "prealloc-size")
+
     _data_end: int | None = None
     _file_end: int | None = None
     _zero_start = 0
@@ -54,21 +75,26 @@ class PreallocateNode(FilterNode):
     async def open(self, options: PreallocateOptions) -> None:
         """Check the alignment."""
         self.attach_file(options.file)
+        _check(options)
         self._align, self._ahead = options.prealloc_align, options.prealloc_size
-        for name, value in (("prealloc-align", self._align), ("prealloc-size", self._ahead)):
-            if not 0 <= value < 1 << 62:
-                raise CommandError(f"Value '{value}' is out of range for parameter '{name}'")
-        if self._align % SECTOR:
-            raise CommandError(f"prealloc-align parameter of preallocate filter is not aligned to {SECTOR}")
-        below = self.file.node.request_alignment
-        if self._align % below:
-            raise CommandError(
-                "prealloc-align parameter of preallocate filter is not aligned to underlying node "
-                f"request alignment ({below})"
-            )
         self._dropping: asyncio.Task[None] | None = None
         self._cutting = asyncio.Lock()
         self._filling = RangeTable()
+
+    async def prepare_reopen(self, options: PreallocateOptions, generic: NodeOptions) -> ReopenStep:
+        """Check the other steps."""
+        _check(options)
+
+        def step(tran: Transaction) -> None:
+            old = self._align, self._ahead
+
+            def restore() -> None:
+                self._align, self._ahead = old
+
+            self._align, self._ahead = options.prealloc_align, options.prealloc_size
+            tran.on_undo(restore)
+
+        return step
 
     async def close(self) -> None:
         """Cut off what was added ahead."""

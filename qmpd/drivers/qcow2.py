@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qmpd.block.batch import Batch, WriteFlags
 from qmpd.block.child import Child
 from qmpd.block.direct import DirectRead
-from qmpd.block.node import BlockNode, Extent
-from qmpd.block.options import OpenFlags
+from qmpd.block.node import BlockNode, Extent, ReopenStep
+from qmpd.block.options import NodeOptions, OpenFlags
 from qmpd.block.perm import ChildRole
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.drivers._qcow2_holes import looks_preallocated, with_holes
 from qmpd.drivers._qcow2_image import Corruption, Image
 from qmpd.drivers._qcow2_map import Run, map_range, plain_run, plain_target
 from qmpd.drivers._qcow2_open import clear_autoclear, open_image, read_bitmaps
-from qmpd.drivers._qcow2_options import Qcow2Options
+from qmpd.drivers._qcow2_options import CHANGEABLE, Qcow2Options
 from qmpd.drivers._qcow2_read import read_batch
 from qmpd.drivers._qcow2_write import write_batch
 from qmpd.drivers._qcow2_zero import discard_range, zero_range
@@ -63,6 +63,9 @@ class Qcow2Node(BlockNode):
     opens_writing = True
     supports_snapshots = True
     strong_options = ("encrypt.key-secret",)
+    reopens = True
+    reopen_takes = ("encrypt.", *CHANGEABLE)
+    reopen_resets = CHANGEABLE
 
     image: Image
     _passphrase: SecretBytes | None = None
@@ -79,7 +82,7 @@ class Qcow2Node(BlockNode):
             options,
             writable=self.writable,
             unmap=unmap,
-            report=self._report,
+            report=self.report,
             check=check,
             no_io=no_io,
             data_given="data-file" in self.given,
@@ -165,7 +168,8 @@ class Qcow2Node(BlockNode):
         if result.check_errors:
             raise CommandError("Could not repair dirty image")
 
-    def _report(self, message: str, offset: int | None, size: int | None, fatal: bool) -> None:
+    def report(self, message: str, offset: int | None, size: int | None, fatal: bool) -> None:
+        """Tell the world of a corruption; see `_qcow2_image.Report`."""
         self.graph.events.emit(
             "BLOCK_IMAGE_CORRUPTED",
             device="",
@@ -175,6 +179,24 @@ class Qcow2Node(BlockNode):
             size=size,
             fatal=fatal,
         )
+
+    @property
+    def writes(self) -> bool:
+        """True once the image was made ready for being written to."""
+        return self._ready and self.image.writable
+
+    async def prepare_reopen(self, options: Qcow2Options, generic: NodeOptions) -> ReopenStep:
+        """Check the other options, write what is in memory, and read the tables anew."""
+        from qmpd.drivers._qcow2_reopen import prepare
+
+        return await prepare(self, options, generic)
+
+    async def reopened(self) -> None:
+        """Do what comes before the first write, if there may be any from now on."""
+        self._ready, self._preallocated = False, None
+        await self._begin_writing()
+        if self.image.writable:
+            await self.image.outdate_bitmaps()
 
     async def close(self) -> None:
         """Write what is in memory and mark the image clean, unless it was not opened that far."""

@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 from qmpd.block.backend import check_length
 from qmpd.block.batch import Batch, Request, WriteFlags
+from qmpd.block.change import Transaction
 from qmpd.block.child import Child
 from qmpd.block.defaults import default_child_perm
 from qmpd.block.direct import DirectRead
-from qmpd.block.node import BlockNode, Extent
+from qmpd.block.node import BlockNode, Extent, ReopenStep
+from qmpd.block.options import NodeOptions
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.errors import CommandError
 from qmpd.qapi.registry import driver
@@ -33,37 +35,57 @@ class RawOptions:
     size: int | None = None
 
 
+def _window(options: RawOptions) -> tuple[int, int]:
+    """Return size and alignment of the node. Raises CommandError for a window that reaches beyond the child."""
+    start, window, available = options.offset or 0, options.size, options.file.size
+    if start < 0:
+        raise CommandError(f"Value '{start}' is out of range for parameter 'offset'")
+    if window is not None and window < 0:
+        raise CommandError(f"Value '{window}' is out of range for parameter 'size'")
+    if start > available:
+        raise CommandError(f"Offset ({start}) cannot be greater than size of the containing file ({available})")
+    if window is not None and window > available - start:
+        raise CommandError(
+            f"The sum of offset ({start}) and size ({window}) has to be smaller or equal to the  "
+            f"actual size of the containing file ({available})"
+        )
+    if window is not None and window % SECTOR:
+        raise CommandError("Specified size is not multiple of 512")
+    below = options.file.node.request_alignment
+    size = align_up(available - start, SECTOR) if window is None else window
+    return size, 1 if start % below else below
+
+
 @driver("raw", schema="BlockdevOptionsRaw", options=RawOptions)
 class RawNode(BlockNode):
     """A window onto another node."""
 
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole.DATA | ChildRole.PRIMARY}
     opens_alone = True
-    strong_options = ("offset", "size")
+    reopens = True
+    reopen_takes = reopen_resets = strong_options = ("offset", "size")
 
     async def open(self, options: RawOptions) -> None:
         """Check that the window lies within the child."""
         self.file, self.start, self.window = options.file, options.offset or 0, options.size
-        available = self.file.size
-        if self.start < 0:
-            raise CommandError(f"Value '{self.start}' is out of range for parameter 'offset'")
-        if self.window is not None and self.window < 0:
-            raise CommandError(f"Value '{self.window}' is out of range for parameter 'size'")
-        if self.start > available:
-            raise CommandError(
-                f"Offset ({self.start}) cannot be greater than size of the containing file ({available})"
-            )
-        if self.window is not None and self.window > available - self.start:
-            raise CommandError(
-                f"The sum of offset ({self.start}) and size ({self.window}) has to be smaller or equal to the  "
-                f"actual size of the containing file ({available})"
-            )
-        if self.window is not None and self.window % SECTOR:
-            raise CommandError("Specified size is not multiple of 512")
-        self.size = align_up(available - self.start, SECTOR) if self.window is None else self.window
+        self.size, self.request_alignment = _window(options)
         self.supports_fua = True
-        if not self.start % self.file.node.request_alignment:
-            self.request_alignment = self.file.node.request_alignment
+
+    async def prepare_reopen(self, options: RawOptions, generic: NodeOptions) -> ReopenStep:
+        """Check that the other window lies within the child."""
+        size, alignment = _window(options)
+
+        def step(tran: Transaction) -> None:
+            old = self.start, self.window, self.size, self.request_alignment
+
+            def restore() -> None:
+                self.start, self.window, self.size, self.request_alignment = old
+
+            self.start, self.window = options.offset or 0, options.size
+            self.size, self.request_alignment = size, alignment
+            tran.on_undo(restore)
+
+        return step
 
     @property
     def windowed(self) -> bool:

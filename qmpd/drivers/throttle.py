@@ -9,8 +9,11 @@ import asyncio
 from dataclasses import dataclass
 
 from qmpd.block.batch import Batch, WriteFlags
+from qmpd.block.change import Transaction
 from qmpd.block.child import Child
 from qmpd.block.filter import FilterNode
+from qmpd.block.node import ReopenStep
+from qmpd.block.options import NodeOptions
 from qmpd.block.throttle_group import find_group
 from qmpd.qapi.registry import driver
 
@@ -32,6 +35,8 @@ class ThrottleNode(FilterNode):
 
     strong_options = ("throttle-group",)
     can_compress = True
+    reopens = True
+    reopen_takes = ("throttle-group",)
 
     async def open(self, options: ThrottleOptions) -> None:
         """Join the group."""
@@ -40,6 +45,25 @@ class ThrottleNode(FilterNode):
         self._drains = 0
         self._changing: set[asyncio.Task[None]] = set()
         self.group.join(self)
+
+    async def prepare_reopen(self, options: ThrottleOptions, generic: NodeOptions) -> ReopenStep:
+        """Find the other group, which the node joins in place of this one."""
+        group, state = find_group(self.graph.objects, options.throttle_group)
+
+        def step(tran: Transaction) -> None:
+            old = self.group, self.state
+
+            def restore() -> None:
+                group.leave(self)
+                self.group, self.state = old
+                self.group.join(self)
+
+            self.group.leave(self)
+            self.group, self.state = group, state
+            group.join(self)
+            tran.on_undo(restore)
+
+        return step
 
     async def close(self) -> None:
         """Leave the group."""

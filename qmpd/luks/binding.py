@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from qmpd.aio.pool import in_work_thread
+from qmpd.block.child import Child
 from qmpd.block.exclusive import HostFile
 from qmpd.block.node import BlockNode
 from qmpd.crypto.secretbytes import SecretBytes
 from qmpd.errors import CommandError
 from qmpd.luks.luks2 import Luks2Volume
 from qmpd.luks.update2 import update_header
-from qmpd.luks.volume import HeaderIO, Volume
+from qmpd.luks.volume import Volume
 from qmpd.units import KiB
 
 TOKEN_TYPE = "qmpd-payload-binding"  # noqa: S105
@@ -97,11 +98,11 @@ def binding_key(volume_key: bytes | bytearray | memoryview, uuid: str) -> Secret
 class Bindings:
     """The records of one volume.
 
-    source   where its header is      node   the same, for the file beside it
+    source   the edge to the node that its header is on
     """
 
-    def __init__(self, source: HeaderIO, node: BlockNode, key: SecretBytes) -> None:
-        self._source, self._node, self._key = source, node, key
+    def __init__(self, source: Child, key: SecretBytes) -> None:
+        self._source, self._key = source, key
 
     async def check(self, volume: Volume, payload: Payload) -> str | None:
         """Return how the payload is bound (LuksPayloadBinding), None if the volume has no records.
@@ -180,7 +181,7 @@ class Bindings:
                 if records:
                     tokens[next(str(number) for number in range(33) if str(number) not in tokens)] = body
 
-            await update_header(self._source, change, self._node.name)
+            await update_header(self._source, change, self._source.node.name)
             return
         path = self._path()
         if path is None:
@@ -188,7 +189,7 @@ class Bindings:
         await in_work_thread(lambda: _write_file(path, json.dumps(body).encode() if records else None))
 
     def _path(self) -> Path | None:
-        node = self._node
+        node = self._source.node
         while not isinstance(node, HostFile):
             if "file" not in node.children:
                 return None

@@ -8,7 +8,7 @@ event comes when one of them can be written to, and more of that may come about.
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from qmpd.block.node import BlockNode
@@ -46,6 +46,12 @@ def note_use(node: BlockNode, use: KeyUse) -> None:
     """Count `node`, which was just unlocked, among the open volumes; warn if another one is being written to."""
     _uses[node] = use
     _warn(node, [other for other in _sharing(node) if other.perm & Perm.WRITE])
+
+
+def note_payload(node: BlockNode, payload: BlockNode) -> None:
+    """Take note that the ciphertext of `node` is on another node now."""
+    if node in _uses:
+        _uses[node] = replace(_uses[node], payload=below_filters(payload))
 
 
 def note_writing(node: BlockNode) -> None:

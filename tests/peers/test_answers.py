@@ -1,113 +1,17 @@
-"""The same requests to QEMU's programs and to ours, each in a folder of its own: the answers have to be equal.
-
-One conversation per rule that recorded conversations do not show.
-"""
+"""One conversation with QEMU's programs and with ours per rule that recorded conversations do not show."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from qmpd.formats.luks1 import ALIGNMENT
-from tests.support.daemon import RawClient, running
+from tests.support.answers import FILES, SECRET, MiB, Request, converse, create, luks, monitor_of, node
 from tests.support.nbd_wire import Client
 from tests.support.peers import need
-from tests.support.reference import reference
 
-KiB, MiB = 1 << 10, 1 << 20
 HUGE = (1 << 63) - 1
 LARGEST = (1 << 63) - (1 << 30)
-OURS = {"qemu-storage-daemon": "qmpd-storage-daemon", "qemu-system-x86_64": "qmpd"}
 EXPORT = {"type": "nbd", "node-name": "n"}
-MASKED = ("filename", "thread-id", "actual-size", "iters", "master-key-iters", "uuid")
-
-Request = tuple[str, dict[str, Any]]
-
-
-def masked(value: Any) -> Any:
-    """Replace what differs between two runs of one program."""
-    if isinstance(value, dict):
-        return {key: "..." if key in MASKED else masked(value[key]) for key in value}
-    return [masked(one) for one in value] if isinstance(value, list) else value
-
-
-def ask(client: RawClient, name: str, arguments: dict[str, Any]) -> Any:
-    """Send a request; of a job that it starts the error counts as well."""
-    reply = masked(client.send({"execute": name, "arguments": arguments}))
-    if name != "blockdev-create" or "error" in reply:
-        return reply
-    deadline = time.monotonic() + 60
-    while True:
-        (job,) = (one for one in client.ok("query-jobs") if one["id"] == arguments["job-id"])
-        if job["status"] == "concluded":
-            if job["id"] != "kept":
-                client.ok("job-dismiss", id=job["id"])
-            return job.get("error", "done")
-        assert time.monotonic() < deadline, job
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def monitor_of(name: str, folder: Path, *args: str) -> Iterator[RawClient]:
-    """Run one of the four programs."""
-    if name in OURS:
-        with reference(folder, *args, name=name) as client:
-            yield client
-    else:
-        with running(folder, *args, name=name) as daemon:
-            yield daemon.client()
-
-
-def converse(
-    folder: Path, requests: list[Request], *, theirs: str = "qemu-storage-daemon", args: Sequence[str] = ()
-) -> None:
-    """Send the requests to both programs and compare."""
-    need(theirs)
-    answers = []
-    for name in (theirs, OURS[theirs]):
-        home = folder / name
-        home.mkdir()
-        for file, size in (("a.img", MiB), ("b.img", MiB), ("c.img", MiB)):
-            (home / file).write_bytes(b"")
-            with (home / file).open("r+b") as made:
-                made.truncate(size)
-        with monitor_of(name, home, *args) as client:
-            answers.append([ask(client, *request) for request in requests])
-    wrong = [
-        f"{name} {json.dumps(arguments)[:300]}\n  theirs {json.dumps(one)[:1500]}\n  ours   {json.dumps(two)[:1500]}"
-        for (name, arguments), one, two in zip(requests, *answers, strict=True)
-        if one != two
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
-def wire(members: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace("_", "-"): members[key] for key in members}
-
-
-def node(driver: str, name: str, **members: Any) -> Request:
-    return "blockdev-add", {
-        "driver": driver,
-        "node-name": name,
-        **{key.replace("_", "-"): members[key] for key in members},
-    }
-
-
-def create(number: int, driver: str, **members: Any) -> Request:
-    options = {"driver": driver, **wire(members)}
-    return "blockdev-create", {"job-id": f"j{number}", "options": options}
-
-
-FILES = [node("file", name, filename=f"{name}.img") for name in "abc"]
-SECRET = ("object-add", {"qom-type": "secret", "id": "s", "data": "sesame"})
-
-
-def luks(number: int, **members: Any) -> Request:
-    return create(number, "luks", **{"iter_time": 10, "key_secret": "s", **members})
 
 
 def test_sizes_that_no_volume_can_have(tmp_path: Path) -> None:
