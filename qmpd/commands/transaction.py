@@ -12,9 +12,11 @@ from typing import Any
 
 from qmpd.block import dirty_bitmap
 from qmpd.commands._bitmaps import find_bitmap, merge_sources
+from qmpd.commands._overlays import NewOverlay, new_overlay_above, overlay_above
 from qmpd.commands._snapshots import create_internal, delete_internal
 from qmpd.context import Context
 from qmpd.errors import CommandError
+from qmpd.qapi.bind import build
 from qmpd.qapi.registry import command
 
 GROUPED = "grouped"
@@ -125,6 +127,18 @@ async def _snapshot(ctx: Context, data: dict[str, Any]) -> AsyncIterator[None]:
         raise
 
 
+@contextlib.asynccontextmanager
+async def _overlay(ctx: Context, data: dict[str, Any]) -> AsyncIterator[None]:
+    async with overlay_above(ctx, node=data["node"], overlay=data["overlay"]):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _new_overlay(ctx: Context, data: dict[str, Any]) -> AsyncIterator[None]:
+    async with new_overlay_above(ctx, build(NewOverlay, data)):
+        yield
+
+
 Action = Callable[[Context, dict[str, Any]], contextlib.AbstractAsyncContextManager[None]]
 
 ACTIONS: dict[str, Action] = {
@@ -135,5 +149,7 @@ ACTIONS: dict[str, Action] = {
     "block-dirty-bitmap-enable": _bitmap_switch(enabled=True),
     "block-dirty-bitmap-disable": _bitmap_switch(enabled=False),
     "block-dirty-bitmap-merge": _bitmap_merge,
+    "blockdev-snapshot": _overlay,
     "blockdev-snapshot-internal-sync": _snapshot,
+    "blockdev-snapshot-sync": _new_overlay,
 }

@@ -26,7 +26,7 @@ async def change_backing(image: Image, name: bytes, image_format: bytes) -> None
     if name and image.raw:
         raise OSError(errno.EINVAL, "what an image with a raw data file holds is all in that file")
     if len(name) > MAX_BACKING_NAME or len(image_format) > MAX_FORMAT_NAME:
-        raise CommandError("Backing file name is too long")
+        raise OSError(errno.EINVAL, f"a backing file's name has {MAX_BACKING_NAME} bytes at most")
     before = header.backing_file, header.backing_format
     header.backing_file, header.backing_format = name, image_format if name else b""
     try:

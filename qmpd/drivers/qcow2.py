@@ -340,6 +340,8 @@ class Qcow2Node(BlockNode):
         from qmpd.drivers._qcow2_backing import change_backing
 
         await change_backing(self.image, name.encode("utf-8", "surrogateescape"), image_format.encode())
+        self.backing_file, self.backing_format = name or None, (name and image_format) or None
+        self.auto_backing = name
 
     async def set_lazy_refcounts(self, lazy: bool) -> None:
         """Let refcounts be brought up to date late, or not. Raises CommandError, OSError."""
