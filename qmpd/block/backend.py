@@ -11,7 +11,7 @@ import errno
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from qmpd.block import dirty_bitmap
 from qmpd.block.batch import Batch, Request, WriteFlags
@@ -41,6 +41,8 @@ class BlockBackend:
     label     how x-debug-query-block-graph names it ("" for unnamed ones)
     """
 
+    stays_at_node: ClassVar[bool] = False
+
     def __init__(
         self, graph: Graph, describe: Callable[[], str], perm: Perm, shared: Perm, name: str = "", label: str = ""
     ) -> None:
@@ -55,6 +57,8 @@ class BlockBackend:
         """Told of each request that a client sees fail (was it a read, its errno), on the data loop."""
         self.on_resize: Callable[[], None] | None = None
         """Told on the data loop that the node has another size."""
+        self.internal = False
+        """A job reads a filter of its own through it, which does not count as use by others."""
         self.may_grow = False
         """Writes may end beyond the node's size: for who makes images and holds the resize permission."""
         self._direct: DirectRead | None = None

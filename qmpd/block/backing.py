@@ -33,7 +33,8 @@ async def open_backing(graph: Graph, node: BlockNode, members: Mapping[str, Any]
     """
     if OpenFlags.NO_BACKING in graph.open_flags:
         return
-    node.auto_backing = full_backing_filename(node) or ""
+    # With a backing file from the options the reference compares its name with what the image says, word for word.
+    node.auto_backing = (node.backing_file if "backing" in members else full_backing_filename(node)) or ""
     if "backing" in members and not members["backing"]:
         node.backing_overridden = bool(node.auto_backing)
         return

@@ -19,8 +19,8 @@ def link_below(node: BlockNode) -> Child | None:
 
 def image_of(node: BlockNode) -> BlockNode:
     """Return the first node of the chain that is no filter."""
-    while node.is_filter:
-        node = node.children["file"].node
+    while node.is_filter and (edge := link_below(node)) is not None:
+        node = edge.node
     return node
 
 
@@ -30,8 +30,8 @@ def backing_of(node: BlockNode) -> BlockNode | None:
     return image_of(edge.node) if edge else None
 
 
-def links(top: BlockNode, bottom: BlockNode) -> Iterator[tuple[BlockNode, Child]]:
-    """Yield (node, edge below it) from `top` to `bottom`; the whole chain if `bottom` is not in it."""
+def links(top: BlockNode, bottom: BlockNode | None) -> Iterator[tuple[BlockNode, Child]]:
+    """Yield (node, edge below it) from `top` to `bottom`; the whole chain if `bottom` is not in it, or None."""
     node = top
     while node is not bottom:
         edge = link_below(node)

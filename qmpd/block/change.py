@@ -209,3 +209,8 @@ def topological(roots: Iterable[BlockNode]) -> list[BlockNode]:
                 order.append(node)
     order.reverse()
     return order
+
+
+def reaches(top: BlockNode, node: BlockNode) -> bool:
+    """Say whether `node` is `top` or anywhere below it."""
+    return node is top or node in topological([top])

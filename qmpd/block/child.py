@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qmpd.block import ranges
 from qmpd.block.batch import Batch, WriteFlags
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class Parent(Protocol):
-    """What stands at the upper end of an edge."""
+    """What stands at the upper end of an edge.
+
+    stays_at_node   its edges do not follow when another node takes the place of theirs (jobs)
+    """
+
+    stays_at_node: ClassVar[bool]
 
     def describe_parent(self) -> str:
         """Name it for error texts: "node 'q'", "block device '/machine/...'"."""

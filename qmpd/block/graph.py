@@ -18,6 +18,7 @@ from qmpd.block.backend import BlockBackend
 from qmpd.block.change import Transaction
 from qmpd.block.node import BlockNode
 from qmpd.block.options import OpenFlags
+from qmpd.block.perm import ChildRole
 from qmpd.block.throttle_group import BackendGroup
 from qmpd.errors import CommandError
 
@@ -185,7 +186,7 @@ class Graph:
     async def blockdev_del(self, name: str) -> None:
         """Delete a node of the monitor. Raises CommandError if it is in use."""
         node = self.find_node(name)
-        if any(isinstance(edge.parent, BlockBackend) for edge in node.parents):
+        if any(isinstance(edge.parent, BlockBackend) and not edge.parent.internal for edge in node.parents):
             raise CommandError(f"Node {name} is in use")
         self.check_blocked(node)
         if not node.monitor_owned:
@@ -195,10 +196,13 @@ class Graph:
         node.monitor_owned = False
         await self.drop_unreferenced(node)
 
-    def check_blocked(self, node: BlockNode) -> None:
-        """Raise CommandError if an overlay or a job keeps `node` from being changed."""
+    def check_blocked(self, node: BlockNode, *, in_chain: bool = False) -> None:
+        """Raise CommandError if a job or, unless the command is about parts of a chain, an overlay keeps `node` from
+        being changed."""
+        for reason in node.blockers:
+            raise CommandError(f"Node '{node.name}' is busy: {reason}")
         for edge in node.parents:
-            if edge.name == "backing" and isinstance(edge.parent, BlockNode):
+            if edge.role & ChildRole.COW and isinstance(edge.parent, BlockNode) and not in_chain:
                 raise CommandError(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
 
     async def drop_unreferenced(self, node: BlockNode) -> None:

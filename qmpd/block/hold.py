@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qmpd.block.perm import ChildRole, Perm
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 class Hold:
     """(Parent) Takes nothing and shares everything; `blockdev-del` finds the node in use."""
+
+    stays_at_node: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -102,6 +102,7 @@ class BlockNode:
     """
 
     driver_name: ClassVar[str] = ""
+    stays_at_node: ClassVar[bool] = False
     child_roles: ClassVar[Mapping[str, ChildRole]] = {}
     late_roles: ClassVar[Mapping[str, ChildRole]] = {}
     supports_backing: ClassVar[bool] = False
@@ -150,6 +151,8 @@ class BlockNode:
         self.write_threshold = 0
         self.ranges = RangeTable()
         self.dirty_bitmaps: list[DirtyBitmap] = []
+        self.blockers: list[str] = []
+        """Why commands may not change the node: jobs that rely on it."""
 
     # --- names and old spellings ------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.block import filename
 from qmpd.block.backing import refresh_names
-from qmpd.block.change import Transaction, topological
+from qmpd.block.change import Transaction, reaches
 from qmpd.block.node import BlockNode, ReopenStep
 from qmpd.block.options import GENERIC_MEMBERS, NodeOptions, driver_members
 from qmpd.block.perm import ChildRole
@@ -286,11 +286,6 @@ class _Queue:
 
 def _listed(name: str, patterns: Sequence[str]) -> bool:
     return any(name == one or (one.endswith(".") and name.startswith(one)) for one in patterns)
-
-
-def reaches(top: BlockNode, node: BlockNode) -> bool:
-    """Say whether `node` is `top` or anywhere below it."""
-    return node is top or node in topological([top])
 
 
 def _change_children(tran: Transaction, wish: _Wish) -> list[BlockNode]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qmpd.block import filename, opening, protocol_names, reopen
 from qmpd.block.backing import refresh_names
-from qmpd.block.change import cumulative
+from qmpd.block.change import cumulative, reaches
+from qmpd.block.insertion import move_parents
 from qmpd.block.node import BlockNode
 from qmpd.block.options import NodeOptions
 from qmpd.block.perm import ChildRole, Perm
@@ -41,7 +42,7 @@ async def above(graph: Graph, node: BlockNode, overlay: BlockNode) -> AsyncItera
             raise CommandError("The overlay already has a backing image")
         if not overlay.supports_backing:
             raise CommandError("The overlay does not support backing images")
-        if reopen.reaches(node, overlay):
+        if reaches(node, overlay):
             raise CommandError(f"Making '{node.name}' a backing child of '{overlay.name}' would create a cycle")
         moved = _append(graph, node, overlay)
         try:
@@ -57,17 +58,11 @@ async def above(graph: Graph, node: BlockNode, overlay: BlockNode) -> AsyncItera
 
 def _append(graph: Graph, node: BlockNode, overlay: BlockNode) -> list[Child]:
     """Give `overlay` the backing file `node`, and all other parents of `node`; return the edges that moved."""
-    moved: list[Child] = []
     with graph.change() as tran:
         parents = list(node.parents)
         tran.attach(overlay, "backing", ChildRole.COW, node)
-        for edge in parents:
-            if isinstance(edge.parent, BlockNode) and reopen.reaches(overlay, edge.parent):
-                continue
-            if edge.frozen:
-                raise CommandError(f"Cannot change '{edge.name}' link to '{node.name}'")
-            tran.replace(edge, overlay)
-            moved.append(edge)
+        move_parents(tran, node, overlay)
+        moved = [edge for edge in parents if edge.node is overlay]
     refresh_names([overlay])
     return moved
 

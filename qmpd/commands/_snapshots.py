@@ -10,11 +10,12 @@ from qmpd.block.node import BlockNode
 from qmpd.block.perm import ChildRole
 from qmpd.context import Context
 from qmpd.errors import CommandError
+from qmpd.jobs.chains import root_of
 
 
 async def create_internal(ctx: Context, device: str, name: str) -> None:
     """Make an internal snapshot while no request is in flight. Raises CommandError."""
-    top = root_node(ctx, device)
+    top = root_of(ctx.graph, device)
     if top.read_only:
         raise CommandError(f"Device '{device}' is read only")
     node = _keeper(top)
@@ -38,7 +39,7 @@ async def create_internal(ctx: Context, device: str, name: str) -> None:
 
 async def delete_internal(ctx: Context, device: str, identifier: str | None, name: str | None) -> dict[str, Any]:
     """Delete an internal snapshot; return its SnapshotInfo. Raises CommandError."""
-    top = root_node(ctx, device)
+    top = root_of(ctx.graph, device)
     if identifier is None and name is None:
         raise CommandError("Name or id must be provided")
     node = _keeper(top)
@@ -63,14 +64,6 @@ def _check_listed(node: BlockNode) -> None:
     """Refuse a node whose data is in a file of its own: it cannot have internal snapshots. Raises CommandError."""
     if "data-file" in node.children:
         raise CommandError("Failed to get a snapshot list: Operation not supported")
-
-
-def root_node(ctx: Context, device: str) -> BlockNode:
-    """Return the node that a device holds, or that no other node uses. Raises CommandError."""
-    node = ctx.graph.lookup(device, device)
-    if any(isinstance(edge.parent, BlockNode) for edge in node.parents):
-        raise CommandError("Need a root block node")
-    return node
 
 
 def _keeper(node: BlockNode) -> BlockNode | None:

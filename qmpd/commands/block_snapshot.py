@@ -7,9 +7,9 @@ import os
 from qmpd.block import chain, reopen
 from qmpd.block.backing import refresh_names
 from qmpd.commands._overlays import NewOverlay, new_overlay_above, overlay_above
-from qmpd.commands._snapshots import root_node
 from qmpd.context import Context
 from qmpd.errors import CommandError
+from qmpd.jobs.chains import root_of
 from qmpd.qapi.registry import command
 
 
@@ -41,7 +41,7 @@ async def blockdev_snapshot_sync(
 async def change_backing_file(ctx: Context, *, device: str, image_node_name: str, backing_file: str) -> None:
     """Write another name of its backing file into an image, which is made writable for as long as that takes."""
     graph = ctx.graph
-    top = root_node(ctx, device)
+    top = root_of(graph, device)
     image = graph.lookup(None, image_node_name)
     if chain.link_below(image) is None:
         raise CommandError("not allowing backing file change on an image without a backing file")

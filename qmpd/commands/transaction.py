@@ -16,11 +16,13 @@ from qmpd.commands._overlays import NewOverlay, new_overlay_above, overlay_above
 from qmpd.commands._snapshots import create_internal, delete_internal
 from qmpd.context import Context
 from qmpd.errors import CommandError
+from qmpd.jobs.backup import BackupOptions, new_backup
+from qmpd.jobs.job import JobGroup
 from qmpd.qapi.bind import build
 from qmpd.qapi.registry import command
 
 GROUPED = "grouped"
-WITH_JOBS = ("blockdev-backup", "drive-backup")
+WITH_JOBS = ("blockdev-backup",)
 """Actions that know what a group is."""
 
 
@@ -33,9 +35,26 @@ async def transaction(ctx: Context, *, actions: list[dict[str, Any]], properties
             raise CommandError(
                 f"Action '{action['type']}' does not support transaction property completion-mode = {mode}"
             )
+    group = JobGroup() if mode == GROUPED else None
     async with ctx.graph.drained(*ctx.graph.nodes()), contextlib.AsyncExitStack() as done:
         for action in actions:
-            await done.enter_async_context(ACTIONS[action["type"]](ctx, action["data"]))
+            if action["type"] in WITH_JOBS:
+                await done.enter_async_context(_backup(ctx, action["data"], group))
+            else:
+                await done.enter_async_context(ACTIONS[action["type"]](ctx, action["data"]))
+
+
+@contextlib.asynccontextmanager
+async def _backup(ctx: Context, data: dict[str, Any], group: JobGroup | None) -> AsyncIterator[None]:
+    job = await new_backup(ctx.graph, ctx.jobs, build(BackupOptions, data))
+    if group is not None:
+        group.join(job)
+    try:
+        yield
+    except BaseException:
+        await job.discard()
+        raise
+    job.start()
 
 
 def _abort(ctx: Context, data: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[None]:

@@ -24,6 +24,7 @@ from qmpd.block.node import Extent
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.ranges import RangeTable
 from qmpd.errors import CommandError
+from qmpd.jobs.keeping import TargetFailed
 from qmpd.qapi.registry import driver
 from qmpd.units import KiB, MiB, align_down, align_up, is_power_of_two
 
@@ -79,6 +80,8 @@ class CopyBeforeWriteNode(FilterNode):
         "file": ChildRole.FILTERED | ChildRole.PRIMARY,
         "target": ChildRole.DATA,
     }
+
+    copy_flags = WriteFlags.NONE
 
     async def open(self, options: CbwOptions) -> None:
         """Make the three bitmaps; they show in the description of the node, nameless."""
@@ -201,9 +204,9 @@ class CopyBeforeWriteNode(FilterNode):
 
     async def _in_time(self, start: int, end: int) -> None:
         if not self.options.cbw_timeout:
-            await self._copy(start, end)
+            await self.copy(start, end)
             return
-        task = asyncio.get_running_loop().create_task(self._copy(start, end))
+        task = asyncio.get_running_loop().create_task(self.copy(start, end))
         finished, _ = await asyncio.wait((task,), timeout=self.options.cbw_timeout)
         if not finished:
             self._late.add(task)
@@ -217,7 +220,7 @@ class CopyBeforeWriteNode(FilterNode):
         if error is not None:
             log.error("node '%s': a copy failed after its time: %s", self.name, error)
 
-    async def _copy(self, start: int, end: int) -> None:
+    async def copy(self, start: int, end: int) -> None:
         """Copy what of [start, end) is still to be copied; only one copy of a cluster is made at a time."""
         async with self._copies.own(start, end, exclusive=True):
             stop = min(end, self.to_copy.size)
@@ -230,17 +233,28 @@ class CopyBeforeWriteNode(FilterNode):
 
     async def _copy_piece(self, start: int, length: int) -> None:
         if start + length > self.target.size:
-            raise OSError(errno.EIO, "the target is too small")
+            raise TargetFailed(errno.EIO, "the target is too small")
+        if self.copy_flags & WriteFlags.COMPRESSED:  # which wants whole clusters
+            await self._put(start, await self.file.pread(start, length))
+            return
         for extent in await self.file.block_status(start, length):
             if extent.zero:
-                await self.target.pwrite_zeroes(extent.offset, extent.length)
+                await self._put(extent.offset, None, extent.length)
                 continue
             for at in range(extent.offset, extent.offset + extent.length, CHUNK):
-                copy = Batch.single(at, memoryview(bytearray(min(CHUNK, extent.offset + extent.length - at))))
-                await self.file.preadv(copy)
-                copy.raise_first()
-                await self.target.pwritev(copy)
-                copy.raise_first()
+                await self._put(at, await self.file.pread(at, min(CHUNK, extent.offset + extent.length - at)))
+
+    async def _put(self, offset: int, data: bytearray | None, length: int = 0) -> None:
+        """Write data to the target, or zeroes. Raises TargetFailed."""
+        try:
+            if data is None:
+                await self.target.pwrite_zeroes(offset, length)
+                return
+            copy = Batch.single(offset, memoryview(data))
+            await self.target.pwritev(copy, self.copy_flags)
+            copy.raise_first()
+        except OSError as error:
+            raise TargetFailed(error.errno or errno.EIO, "writing to the target failed") from error
 
     # --- the snapshot -----------------------------------------------------------------------------
 

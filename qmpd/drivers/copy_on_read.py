@@ -5,6 +5,7 @@ Options: BlockdevOptionsCor (qapi/block-drivers.json).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from qmpd.block import chain
@@ -23,7 +24,7 @@ from qmpd.units import align_down, align_up
 class CorOptions:
     """BlockdevOptionsCor.
 
-    bottom  name of the node whose data, and that of all nodes below it, is not copied
+    bottom  name of the lowest node whose data is copied
     """
 
     file: Child
@@ -77,6 +78,13 @@ class CopyOnReadNode(FilterNode):
         for request in holes:
             await self._copy(request, unit)
 
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Copy what of the range the image does not hold, and read nothing else. Raises OSError."""
+        unit = self._unit()
+        start = align_down(offset, unit)
+        end = min(align_up(offset + length, unit), align_down(self.size, self.request_alignment))
+        await self._copy_units(start, end)
+
     def _unit(self) -> int:
         """Bytes that are copied at least: a cluster of the image, so that it allocates whole ones."""
         below = self.file.node.image_info()
@@ -90,31 +98,41 @@ class CopyOnReadNode(FilterNode):
         return [part for at, size in missing for part in await self._above_bottom(at, size)]
 
     async def _above_bottom(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return what of the range is held by a backing image above the bottom node."""
-        node = chain.backing_of(chain.image_of(self.file.node))
+        """Return what of the range is held by a backing image, down to the bottom node."""
+        image = chain.image_of(self.file.node)
+        node = None if image is self._bottom else chain.backing_of(image)
         found: list[tuple[int, int]] = []
         todo = [(offset, length)]
-        while node is not None and node is not self._bottom and todo:
+        while node is not None and todo:
             below: list[tuple[int, int]] = []
             for at, size in todo:
                 inside = min(size, max(0, node.size - at))
                 if inside:
                     for extent in await node.block_status(at, inside):
                         (found if extent.allocated else below).append((extent.offset, extent.length))
-            todo, node = below, chain.backing_of(node)
+            todo, node = below, None if node is self._bottom else chain.backing_of(node)
         return found
 
     async def _copy(self, request: Request, unit: int) -> None:
         """Copy the units around a request; a failure leaves them where they were, which harms nobody."""
         start = align_down(request.offset, unit)
         end = min(align_up(request.end, unit), align_down(self.size, self.request_alignment))
+        with contextlib.suppress(OSError):
+            await self._copy_units(start, end)
+
+    async def _copy_units(self, start: int, end: int) -> None:
         async with self._copies.own(start, end, exclusive=True):
             for at, length in await self._missing(start, end - start):
-                copy = Batch.single(at, memoryview(bytearray(length)))
+                data = bytearray(length)
+                copy = Batch.single(at, memoryview(data))
                 await self.file.preadv(copy)
-                if not copy[0].error:
-                    self.file.debug_event("cor_write")
+                copy.raise_first()
+                self.file.debug_event("cor_write")
+                if data.count(0) == length:
+                    await self.file.pwrite_zeroes(at, length, WriteFlags.UNCHANGED)
+                else:
                     await self.file.pwritev(copy, WriteFlags.UNCHANGED)
+                    copy.raise_first()
 
     async def pwritev(self, batch: Batch, flags: WriteFlags) -> None:
         """Write, never between the reading and the writing of a copy."""

@@ -1,23 +1,179 @@
-"""Jobs that work on block nodes: listed by query-block-jobs, announced by BLOCK_JOB_* events."""
+"""Jobs that work on block nodes: listed by query-block-jobs, announced by BLOCK_JOB_* events.
+
+Model: blockjob.c of QEMU.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import asyncio
+import errno
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar, TypeVar
 
+from qmpd.block import insertion
+from qmpd.block.child import Child
+from qmpd.block.node import BlockNode
+from qmpd.block.perm import ChildRole, Perm
+from qmpd.errors import CommandError
 from qmpd.jobs.job import Job, Status
+
+T = TypeVar("T")
+
+NAP = 0.1
+"""Seconds at most between two looks at whether a job that is ahead of its speed was paused or cancelled."""
 
 
 class BlockJob(Job):
     """A job with a device name, a speed limit and block job events.
 
-    speed   bytes per second at most, 0 without limit
+    speed      bytes per second at most, 0 without limit
+    io_status  how its requests go ("ok", "failed", "nospace"): what made it pause
     """
 
     is_block: ClassVar[bool] = True
+    stays_at_node: ClassVar[bool] = True
 
     def __init__(self, *args: Any, speed: int = 0, **named: Any) -> None:
         super().__init__(*args, **named)
         self.speed = speed
+        self.io_status = "ok"
+        self._held: list[Child] = []
+        self._paced = (0.0, 0)
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    def hold(self, name: str, node: BlockNode, shared: Perm = Perm.ALL) -> None:
+        """Keep a node from going, and commands from changing it, until the job has ended. Raises PermissionConflict.
+
+        shared   what others may do to it meanwhile
+        """
+        with node.graph.change() as tran:
+            edge = tran.attach(self, name, ChildRole.NONE, node, Perm.NONE, shared)
+        node.blockers.insert(0, self._blocker)
+        self._held.append(edge)
+
+    async def let_go(self) -> None:
+        """Undo every `hold`."""
+        while self._held:
+            node = self._held[-1].node
+            self.release(node)
+            await node.graph.drop_unreferenced(node)
+
+    def release(self, node: BlockNode) -> None:
+        """Undo the `hold` on one node; it stays, even if nobody needs it any more."""
+        for edge in [one for one in self._held if one.node is node]:
+            self._held.remove(edge)
+            node.blockers.remove(self._blocker)
+            with node.graph.change() as tran:
+                tran.detach(edge)
+
+    async def take_out(self, above: BlockNode) -> None:
+        """Take away a filter of the job's, if it is still there. Raises QmpdError."""
+        self.release(above)
+        if above.graph.get(above.name) is above:
+            await insertion.take_out(above.graph, above)
+
+    @property
+    def _blocker(self) -> str:
+        return f"block device is in use by block job: {self.job_type}"
+
+    def describe_parent(self) -> str:
+        """(Parent) Name the job in a permission conflict."""
+        return f"{self.job_type} job '{self.id}'"
+
+    def drained_begin(self) -> None:
+        """(Parent) What a job does to a node it does through backends."""
+
+    def drained_end(self) -> None:
+        """(Parent) See `drained_begin`."""
+
+    def validate(self) -> None:
+        """Refuse a limit that is none. Raises CommandError."""
+        if self.speed < 0:
+            raise CommandError("Parameter 'speed' expects a non-negative value")
+
+    # --- speed and errors -------------------------------------------------------------------------
+
+    def set_speed(self, speed: int) -> None:
+        """Change the limit. Raises CommandError."""
+        self.check_verb("set-speed")
+        if speed < 0:
+            raise CommandError("Parameter 'speed' expects a non-negative value")
+        self.speed, self._paced = speed, (time.monotonic(), 0)
+
+    async def pace(self, done: int) -> None:
+        """Wait until `done` bytes more may have been worked on. Raises Cancelled."""
+        begun, before = self._paced
+        if not begun:
+            begun = time.monotonic()
+        self._paced = begun, before + done
+        while self.speed:
+            begun, total = self._paced
+            ahead = total / self.speed - (time.monotonic() - begun)
+            if ahead <= 0:
+                return
+            await asyncio.sleep(min(NAP, ahead))
+            await self.pause_point()
+
+    async def attempt(self, work: Callable[[], Awaitable[T]], on_error: str, *, reading: bool) -> T | None:
+        """Return what `work` returns; None if it failed and that is to be ignored. Raises OSError, Cancelled."""
+        while True:
+            try:
+                return await work()
+            except OSError as error:
+                if not await self.failed(error, on_error, reading=reading):
+                    return None
+
+    async def failed(self, error: OSError, on_error: str, *, reading: bool) -> bool:
+        """Do what the job is to do about a failed request: raise the error, or say whether to try again."""
+        action = on_error
+        if on_error in ("enospc", "auto"):
+            action = "stop" if error.errno == errno.ENOSPC else "report"
+        operation = "read" if reading else "write"
+        self.manager.events.emit("BLOCK_JOB_ERROR", device=self.id, operation=operation, action=action)
+        if action == "report":
+            raise error
+        if action == "ignore":
+            return False
+        self.io_status = "nospace" if error.errno == errno.ENOSPC else "failed"
+        if not self.user_paused:
+            self.pause()
+        await self.pause_point()
+        return True
+
+    def resume(self) -> None:
+        """Go on after `pause`, or after an error."""
+        super().resume()
+        self.io_status = "ok"
+
+    def stop_following(self) -> None:
+        """End a job that is ready without the change of the graph it would end with."""
+        self.cancel()
+
+    # --- events -----------------------------------------------------------------------------------
+
+    def become_ready(self) -> None:
+        """Say that the job can be completed."""
+        self.move(Status.READY)
+        self.manager.events.emit("BLOCK_JOB_READY", **self._progress())
+
+    def waits_for_finalize(self) -> None:
+        """Tell that nothing happens before job-finalize."""
+        self.manager.events.emit("BLOCK_JOB_PENDING", type=self.job_type, id=self.id)
+
+    def ended(self) -> None:
+        """Tell how it went."""
+        if self.status is Status.ABORTING and self.cancelled:
+            self.manager.events.emit("BLOCK_JOB_CANCELLED", **self._progress())
+        elif self.error is not None:
+            self.manager.events.emit("BLOCK_JOB_COMPLETED", **self._progress(), error=self.error)
+        else:
+            self.manager.events.emit("BLOCK_JOB_COMPLETED", **self._progress())
+
+    def _progress(self) -> dict[str, Any]:
+        names = {"type": self.job_type, "device": self.id}
+        return {**names, "len": self.total, "offset": self.current, "speed": self.speed}
 
     def to_block_wire(self) -> dict[str, Any]:
         """Return BlockJobInfo."""
@@ -29,7 +185,7 @@ class BlockJob(Job):
             "busy": self.status is Status.RUNNING and not self.user_paused,
             "paused": self.user_paused,
             "speed": self.speed,
-            "io-status": "ok",
+            "io-status": self.io_status,
             "ready": self.status in (Status.READY, Status.STANDBY),
             "status": self.status.value,
             "auto-finalize": self.auto_finalize,

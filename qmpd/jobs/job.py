@@ -12,7 +12,7 @@ import enum
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpd.errors import CommandError, QmpdError, StateError
@@ -71,6 +71,32 @@ class Cancelled(Exception):
     """Raised out of `pause_point` when the job was told to stop; never reaches a client."""
 
 
+class JobGroup:
+    """Jobs of which all end well, or none."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Job] = []
+        self._through: set[Job] = set()
+
+    def join(self, job: Job) -> None:
+        """Make a job, which has not begun, one of the group."""
+        self._jobs.append(job)
+        job.group = self
+
+    def through(self, job: Job) -> None:
+        """Let all go on to their end if this was the last one that still worked."""
+        self._through.add(job)
+        if len(self._through) == len(self._jobs):
+            for one in self._jobs:
+                one.settled.set()
+
+    def failed(self, job: Job) -> None:
+        """Stop the others."""
+        for one in self._jobs:
+            if one is not job and one.status in _VERBS["cancel"]:
+                one.cancel()
+
+
 class Job:
     """One job; a job type is a subclass with `run` (and `complete` where it can become ready).
 
@@ -95,6 +121,9 @@ class Job:
         self._resume = asyncio.Event()
         self._resume.set()
         self._finalized = asyncio.Event()
+        self.settled = asyncio.Event()
+        """Set once all jobs of the group are through with their work."""
+        self.group: JobGroup | None = None
         self.task: asyncio.Task[None] | None = None
 
     # --- what a job type writes -------------------------------------------------------------------
@@ -102,6 +131,9 @@ class Job:
     async def run(self) -> None:
         """Do the work. Raises QmpdError or OSError if it cannot be done; calls `pause_point`."""
         raise NotImplementedError
+
+    def validate(self) -> None:
+        """Check what only a job that was made is checked for. Raises CommandError."""
 
     def prepare(self) -> None:
         """Last check before the result counts. Raises QmpdError."""
@@ -114,6 +146,12 @@ class Job:
 
     async def clean(self) -> None:
         """Release everything, whatever the end was."""
+
+    def waits_for_finalize(self) -> None:
+        """Called when nothing will happen before job-finalize."""
+
+    def ended(self) -> None:
+        """Called when everything is released, before the job counts as concluded."""
 
     def complete(self) -> None:
         """Leave `ready`: what job-complete asks for."""
@@ -165,9 +203,15 @@ class Job:
             if self._cancelled:
                 raise Cancelled
             self.move(Status.WAITING)
+            if self.group is not None:
+                self.group.through(self)
+                await self.settled.wait()
+                if self._cancelled:
+                    raise Cancelled
             self.prepare()
             self.move(Status.PENDING)
             if not self.auto_finalize:
+                self.waits_for_finalize()
                 await self._finalized.wait()
                 if self._cancelled:
                     raise Cancelled
@@ -182,17 +226,33 @@ class Job:
             log.exception("job %s failed by a bug", self.id)
             await self._fail("internal error, see log")
         finally:
-            await self.clean()
+            try:
+                await self.clean()
+            except Exception:
+                log.exception("job %s left something behind", self.id)
+                self.error = self.error or "internal error, see log"
+            self.ended()
         self.move(Status.CONCLUDED)
         if self.auto_dismiss:
-            self._forget()
+            self.forget()
 
     async def _fail(self, text: str | None) -> None:
         self.error = text
         self.move(Status.ABORTING)
+        if self.group is not None:
+            self.group.failed(self)
         await self.abort()
 
-    def _forget(self) -> None:
+    async def discard(self) -> None:
+        """End a job that was never started."""
+        self._cancelled = True
+        self.move(Status.ABORTING)
+        await self.clean()
+        self.move(Status.CONCLUDED)
+        self.forget()
+
+    def forget(self) -> None:
+        """Be no more."""
         self.move(Status.NULL)
         self.manager.jobs.pop(self.id, None)
 
@@ -221,6 +281,7 @@ class Job:
         self.user_paused = False
         self._resume.set()
         self._finalized.set()
+        self.settled.set()
 
     def finalize(self) -> None:
         """Let a pending job conclude."""
@@ -230,7 +291,7 @@ class Job:
     def dismiss(self) -> None:
         """Forget a concluded job."""
         self.check_verb("dismiss")
-        self._forget()
+        self.forget()
 
     def to_wire(self) -> dict[str, Any]:
         """Return JobInfo."""
@@ -253,12 +314,40 @@ class JobManager:
         self.events = events
         self.jobs: dict[str, Job] = {}
 
-    def add(self, make: Callable[[], Job], job_id: str) -> Job:
-        """Check the id, make the job and announce it as created. Raises CommandError."""
+    async def begin(self, job: Job, prepare: Callable[[], Awaitable[None]], *, created_first: bool = False) -> None:
+        """Start a job once its id is known to be good and the graph is as it needs it. Raises QmpdError.
+
+        created_first   it counts as created before the graph is changed for it
+        """
+        await self.admit(job, prepare, created_first=created_first)
+        job.start()
+
+    async def admit(self, job: Job, prepare: Callable[[], Awaitable[None]], *, created_first: bool = False) -> None:
+        """Do the same, but leave starting it to the caller."""
+        self.check_id(job.id)
+        try:
+            if created_first:
+                self.add(lambda: job, job.id).validate()
+                await prepare()
+            else:
+                await prepare()
+                self.add(lambda: job, job.id).validate()
+        except BaseException:
+            if job.status is Status.CREATED:
+                job.forget()
+            await job.clean()
+            raise
+
+    def check_id(self, job_id: str) -> None:
+        """Raise CommandError for an id that is malformed or in use."""
         if not _ID.match(job_id):
             raise CommandError(f"Invalid job ID '{job_id}'")
         if job_id in self.jobs:
             raise CommandError(f"Job ID '{job_id}' already in use")
+
+    def add(self, make: Callable[[], Job], job_id: str) -> Job:
+        """Check the id, make the job and announce it as created. Raises CommandError."""
+        self.check_id(job_id)
         job = make()
         self.jobs[job_id] = job
         job.move(Status.CREATED)

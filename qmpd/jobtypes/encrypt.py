@@ -7,10 +7,8 @@ cancelled or failed, half encrypted and in use, to be gone on with.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -32,9 +30,6 @@ from qmpd.luks.encrypt_header import prepare_header
 from qmpd.luks.shared import header_of
 from qmpd.qapi.registry import command, jobtype
 from qmpd.units import SECTOR
-
-NAP = 0.1
-"""Seconds at most between two looks at whether a job that is ahead of its speed was paused or cancelled."""
 
 
 @jobtype("encrypt")
@@ -77,13 +72,9 @@ class EncryptJob(BlockJob):
         async def step(_: Child) -> int:
             return await encryption.step()
 
-        begun, done = time.monotonic(), 0
         while not encryption.done:
             await self.pause_point()
-            while self.speed and done > (time.monotonic() - begun) * self.speed:
-                await asyncio.sleep(min(NAP, done / self.speed - (time.monotonic() - begun)))
-                await self.pause_point()
-            done += await backend.visit(step)
+            await self.pace(await backend.visit(step))
             self.current = encryption.position
 
     async def _open(self) -> BlockNode:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from qmpd.aio.pool import in_work_thread
+from qmpd.block import chain
 from qmpd.block.child import Child
 from qmpd.block.exclusive import HostFile
 from qmpd.block.node import BlockNode
@@ -79,9 +80,7 @@ class BindableNode(Protocol):
 
 def below_filters(node: BlockNode) -> BlockNode:
     """Return the node whose data `node` shows."""
-    while node.is_filter and "file" in node.children:
-        node = node.children["file"].node
-    return node
+    return chain.image_of(node)
 
 
 def payload_on(node: BlockNode) -> Payload:
@@ -191,9 +190,10 @@ class Bindings:
     def _path(self) -> Path | None:
         node = self._source.node
         while not isinstance(node, HostFile):
-            if "file" not in node.children:
+            primary = node.primary()
+            if primary is None:
                 return None
-            node = node.children["file"].node
+            node = primary.node
         return Path(node.path + SUFFIX)
 
 

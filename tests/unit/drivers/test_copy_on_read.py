@@ -65,11 +65,12 @@ async def test_clusters_that_were_read_are_copied_and_only_those(tmp_path: Path)
     await graph.close_all()
 
 
-async def test_data_of_the_bottom_node_is_not_copied(tmp_path: Path) -> None:
-    data = random.Random(2).randbytes(SIZE)
-    graph, user = await chain(tmp_path, data, bottom="base")
+@pytest.mark.parametrize(("bottom", "copied"), [("base", set(range(SIZE // CLUSTER))), ("mid", set())])
+async def test_data_below_the_bottom_node_is_not_copied(tmp_path: Path, bottom: str, copied: set[int]) -> None:
+    data = random.Random(2).randbytes(SIZE)  # held by the base
+    graph, user = await chain(tmp_path, data, bottom=bottom)
     assert await user.pread(0, SIZE) == data
-    assert await held(graph) == set()
+    assert await held(graph) == copied
     await graph.close_all()
 
 

@@ -1,0 +1,83 @@
+"""Filters that jobs put above a node that is in use, and take away again.
+
+Model: bdrv_insert_node, bdrv_append and bdrv_replace_node (QEMU block.c).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpd.block.backing import refresh_names
+from qmpd.block.batch import Batch
+from qmpd.block.change import Transaction, reaches
+from qmpd.block.direct import DirectRead
+from qmpd.block.filter import FilterNode
+from qmpd.block.node import BlockNode
+from qmpd.block.options import NodeOptions
+from qmpd.block.perm import ChildRole
+from qmpd.errors import CommandError
+
+if TYPE_CHECKING:
+    from qmpd.block.graph import Graph
+
+
+class JobFilter(FilterNode):
+    """A filter that only a job makes; what it filters is its `backing` child, as in the reference."""
+
+    async def preadv(self, batch: Batch) -> None:
+        """Read from the child."""
+        await self.file.preadv(batch)
+
+    def direct_read(self) -> DirectRead | None:
+        """Offsets are those of the child."""
+        return self.file.node.direct_read()
+
+    def exact_filename(self) -> str | None:
+        """That of the child."""
+        from qmpd.block.filename import exact_filename
+
+        return exact_filename(self.file.node)
+
+
+def move_parents(tran: Transaction, node: BlockNode, to: BlockNode) -> None:
+    """Have every edge to `node` lead to `to`, but for those that `to` itself relies on. Raises CommandError."""
+    for edge in list(node.parents):
+        if edge.parent.stays_at_node or (isinstance(edge.parent, BlockNode) and reaches(to, edge.parent)):
+            continue
+        if edge.frozen:
+            raise CommandError(f"Cannot change '{edge.name}' link to '{node.name}'")
+        tran.replace(edge, to)
+
+
+async def insert(graph: Graph, node: JobFilter, above: BlockNode) -> None:
+    """Make a new filter (its name reserved) see what goes to `above`. Raises QmpdError; then nothing has changed."""
+    node.sequence = graph.next_sequence()
+    async with graph.drained(above):
+        try:
+            with graph.change() as tran:
+                edge = tran.attach(node, "backing", ChildRole.FILTERED | ChildRole.PRIMARY, above)
+                node.attach_file(edge)
+                move_parents(tran, above, node)
+        except BaseException:
+            graph.release(node.name)
+            raise
+        graph.publish(node)
+    refresh_names([node])
+
+
+async def take_out(graph: Graph, node: BlockNode) -> None:
+    """Have the parents of a filter use what it filters, and close it. Raises QmpdError."""
+    edge = node.primary()
+    assert edge is not None
+    below = edge.node
+    async with graph.drained(below):
+        with graph.change() as tran:
+            move_parents(tran, node, below)
+    refresh_names([below])
+    await graph.drop_unreferenced(node)
+
+
+def new_filter(graph: Graph, kind: type[JobFilter], name: str | None, like: BlockNode) -> JobFilter:
+    """Return an unattached filter with the name, or one that is made up. Raises CommandError."""
+    options = NodeOptions(node_name=name, read_only=like.read_only)
+    return kind(graph, graph.reserve(name), options, {})

@@ -1,0 +1,387 @@
+"""Jobs that copy while a client writes: no byte is lost, and what is left behind is sound for QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.peers.conftest import need
+from tests.support.daemon import RawClient, running
+from tests.support.nbd_wire import ZERO, Client
+
+KiB, MiB = 1 << 10, 1 << 20
+SIZE = 6 * MiB
+
+
+def run(*words: str | Path) -> str:
+    return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def content(image: Path) -> bytes:
+    out = image.with_suffix(".out")
+    run("qemu-img", "convert", "-O", "raw", image, out)
+    return out.read_bytes()
+
+
+class Writer:
+    """A client that writes, zeroes and reads at random, and knows what it wrote."""
+
+    def __init__(self, path: Path, export: str, begin: bytes) -> None:
+        self.model = bytearray(begin)
+        self.seed = random.randrange(1 << 30)
+        self.lock, self._stop = threading.Lock(), threading.Event()
+        self.writes = 0
+        self._failure: BaseException | None = None
+        self._disk = Client(str(path)).go(export.encode())
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self) -> None:
+        rng = random.Random(self.seed)
+        try:
+            while not self._stop.is_set():
+                with self.lock:
+                    offset = rng.randrange(0, SIZE - 128 * KiB) // 512 * 512
+                    length = rng.randrange(1, 200) * 512
+                    if rng.random() < 0.15:
+                        assert not self._disk.call(ZERO, offset, length).error
+                        self.model[offset : offset + length] = bytes(length)
+                    else:
+                        data = rng.randbytes(length)
+                        self._disk.write(offset, data)
+                        self.model[offset : offset + length] = data
+                    self.writes += 1
+                    if rng.random() < 0.1:
+                        at = rng.randrange(0, SIZE - 64 * KiB) // 512 * 512
+                        assert self._disk.read(at, 64 * KiB) == self.model[at : at + 64 * KiB]
+        except BaseException as error:
+            self._failure = error
+
+    def stop(self) -> None:
+        """End, and make sure that all went well and what is read is what was written."""
+        self._stop.set()
+        self._thread.join(60)
+        assert self._failure is None, (self.seed, self._failure)
+        assert self._disk.read(0, SIZE) == self.model, self.seed
+        self._disk.close()
+
+
+def image(folder: Path, name: str, backing: str | None = None, *writes: str) -> Path:
+    below = ["-b", f"{backing}.qcow2", "-F", "qcow2"] if backing else []
+    path = folder / f"{name}.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", *below, path, str(SIZE))
+    if writes:
+        run("qemu-io", *(word for one in writes for word in ("-c", one)), path)
+    return path
+
+
+def chain(folder: Path) -> bytes:
+    """Make a <- b <- c; return what c shows."""
+    image(folder, "a", None, "write -P 1 0 3M", "write -P 4 5M 512k")
+    image(folder, "b", "a", "write -P 2 1M 2M", "write -z 5M 64k")
+    image(folder, "c", "b", "write -P 3 2M 700k")
+    return content(folder / "c.qcow2")
+
+
+def tree(folder: Path, name: str, **members: Any) -> dict[str, Any]:
+    file = {"driver": "file", "filename": str(folder / f"{name}.qcow2")}
+    return {"driver": "qcow2", "node-name": name, "file": file, **members}
+
+
+def add(client: RawClient, options: dict[str, Any]) -> None:
+    reply = client.send({"execute": "blockdev-add", "arguments": options})
+    assert reply == {"return": {}}, reply
+
+
+def add_chain(client: RawClient, folder: Path) -> None:
+    add(client, tree(folder, "a"))
+    add(client, tree(folder, "b", backing="a"))
+    add(client, tree(folder, "c", backing="b"))
+
+
+@contextlib.contextmanager
+def exported(client: RawClient, folder: Path, node: str, begin: bytes, *, fill: bool = False) -> Iterator[Writer]:
+    """Export a node and write to it for as long as the block lasts; `fill`: it does not hold `begin` yet."""
+    path = folder / "n.sock"
+    client.ok("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    export = {"type": "nbd", "id": "e", "node-name": node, "name": "e", "writable": True}
+    assert client.send({"execute": "block-export-add", "arguments": export}) == {"return": {}}
+    if fill:
+        with Client(str(path)) as disk:
+            disk.go(b"e").write(0, begin)
+    writer = Writer(path, "e", begin)
+    try:
+        yield writer
+    finally:
+        writer.stop()
+
+
+def wait(client: RawClient, event: str, job: str = "j") -> dict[str, Any]:
+    while True:
+        found = client.wait_event(event)["data"]
+        if found.get("device", found.get("id")) == job:
+            return found
+
+
+def finished(client: RawClient) -> None:
+    """Wait for the end of the job, which must be a good one."""
+    assert "error" not in wait(client, "BLOCK_JOB_COMPLETED")
+    while client.ok("query-jobs"):
+        time.sleep(0.01)
+
+
+def sound(folder: Path, *names: str) -> None:
+    for name in names:
+        assert "No errors" in run("qemu-img", "check", folder / f"{name}.qcow2")
+
+
+def test_a_stream_below_a_writer(tmp_path: Path) -> None:
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        with exported(client, tmp_path, "c", begin) as writer:
+            client.ok("block-stream", job_id="j", device="c", base_node="a")
+            finished(client)
+            client.ok("block-stream", job_id="j", device="c", speed=20 * MiB)
+            finished(client)
+        client.ok("blockdev-del", node_name="b")
+        client.ok("blockdev-del", node_name="a")
+    (tmp_path / "b.qcow2").unlink()
+    sound(tmp_path, "a", "c")
+    assert content(tmp_path / "c.qcow2") == writer.model
+
+
+def test_a_commit_below_a_writer(tmp_path: Path) -> None:
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        with exported(client, tmp_path, "c", begin) as writer:
+            client.ok("block-commit", job_id="j", device="c", top_node="b", base_node="a")
+            finished(client)
+            client.ok("blockdev-del", node_name="b")
+    (tmp_path / "b.qcow2").unlink()
+    sound(tmp_path, "a", "c")
+    assert content(tmp_path / "c.qcow2") == writer.model
+
+
+@pytest.mark.parametrize("base", ["a", "b"])
+def test_a_commit_of_what_is_being_written(tmp_path: Path, base: str) -> None:
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        with exported(client, tmp_path, "c", begin) as writer:
+            client.ok("block-commit", job_id="j", device="c", base_node=base)
+            wait(client, "BLOCK_JOB_READY")
+            time.sleep(0.2)
+            client.ok("job-complete", id="j")
+            finished(client)
+            assert client.ok("query-block-exports")[0]["node-name"] == base
+            before = writer.writes
+            time.sleep(0.2)
+        assert writer.writes > before
+    sound(tmp_path, "a", "b", "c")
+    assert content(tmp_path / f"{base}.qcow2") == writer.model
+
+
+@pytest.mark.parametrize("mode", ["background", "write-blocking", "changed"])
+@pytest.mark.parametrize("sync", ["full", "top"])
+def test_a_mirror_of_what_is_being_written(tmp_path: Path, mode: str, sync: str) -> None:
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    image(tmp_path, "t", "b" if sync == "top" else None)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        add(client, tree(tmp_path, "t", backing="b") if sync == "top" else tree(tmp_path, "t"))
+        with exported(client, tmp_path, "c", begin) as writer:
+            copy_mode = "background" if mode == "changed" else mode
+            client.ok("blockdev-mirror", job_id="j", device="c", target="t", sync=sync, copy_mode=copy_mode)
+            wait(client, "BLOCK_JOB_READY")
+            if mode == "changed":
+                client.ok("block-job-change", id="j", type="mirror", copy_mode="write-blocking")
+            time.sleep(0.3)
+            with writer.lock:
+                client.ok("job-pause", id="j")
+            client.ok("job-complete", id="j")
+            client.ok("job-resume", id="j")
+            finished(client)
+            assert client.ok("query-block-exports")[0]["node-name"] == "t"
+            before = writer.writes
+            time.sleep(0.2)
+        assert writer.writes > before
+    sound(tmp_path, "a", "b", "c", "t")
+    assert content(tmp_path / "t.qcow2") == writer.model
+
+
+def test_a_mirror_that_is_ended_without_taking_over(tmp_path: Path) -> None:
+    """Both sides are equal at that moment; afterwards only the source is written to."""
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    image(tmp_path, "t")
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        add(client, tree(tmp_path, "t"))
+        with exported(client, tmp_path, "c", begin) as writer:
+            client.ok("blockdev-mirror", job_id="j", device="c", target="t", sync="full")
+            wait(client, "BLOCK_JOB_READY")
+            with writer.lock:
+                then = bytes(writer.model)
+                client.ok("block-job-cancel", device="j")
+                finished(client)
+            time.sleep(0.1)
+        assert client.ok("query-block-exports")[0]["node-name"] == "c"
+    sound(tmp_path, "c", "t")
+    assert content(tmp_path / "t.qcow2") == then
+    assert content(tmp_path / "c.qcow2") == writer.model
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
+def test_a_backup_is_the_disk_as_it_was(tmp_path: Path, compress: bool) -> None:
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    image(tmp_path, "t")
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        add(client, tree(tmp_path, "t"))
+        with exported(client, tmp_path, "c", begin) as writer:
+            time.sleep(0.1)
+            with writer.lock:
+                then = bytes(writer.model)
+                start = {"job_id": "j", "device": "c", "target": "t", "sync": "full", "speed": 8 * MiB}
+                client.ok("blockdev-backup", **start, compress=compress)
+            finished(client)
+            time.sleep(0.1)
+    sound(tmp_path, "c", "t")
+    assert content(tmp_path / "t.qcow2") == then
+    assert content(tmp_path / "c.qcow2") == writer.model
+
+
+def test_incremental_backups_add_up(tmp_path: Path) -> None:
+    """Each copies what was written since the one before; one that is cancelled loses nothing for the next."""
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        bitmap = {"node": "c", "name": "m", "granularity": 64 * KiB}
+        assert client.send({"execute": "block-dirty-bitmap-add", "arguments": bitmap}) == {"return": {}}
+        (tmp_path / "t.img").write_bytes(begin)
+        client.ok("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "t.img"))
+        start = {"job_id": "j", "device": "c", "target": "t", "sync": "incremental", "bitmap": "m"}
+        with exported(client, tmp_path, "c", begin) as writer:
+            for at in range(6):
+                time.sleep(0.1)
+                with writer.lock:
+                    then = bytes(writer.model)
+                    client.ok("blockdev-backup", **start, speed=256 * KiB if at % 2 else 0)
+                if at % 2:
+                    time.sleep(0.1)
+                    client.ok("job-cancel", id="j")
+                    wait(client, "BLOCK_JOB_CANCELLED")
+                    while client.ok("query-jobs"):
+                        time.sleep(0.01)
+                else:
+                    finished(client)
+                    assert (tmp_path / "t.img").read_bytes() == then, at
+    sound(tmp_path, "c")
+
+
+def test_a_stream_below_an_encrypted_volume(tmp_path: Path) -> None:
+    """The payload becomes independent of its backing file while the volume above it is written to."""
+    need("qemu-img")
+    image(tmp_path, "a")
+    (tmp_path / "h.img").write_bytes(b"")
+    with running(tmp_path, "--object", "secret,id=s,data=sesame", name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        header = {"driver": "file", "filename": str(tmp_path / "h.img")}
+        options = {"driver": "luks", "header": header, "size": SIZE, "key-secret": "s", "iterations": 1000}
+        client.ok("blockdev-create", job_id="make", options=options)
+        while client.ok("query-jobs")[0]["status"] != "concluded":
+            time.sleep(0.01)
+        client.ok("job-dismiss", id="make")
+        add(client, tree(tmp_path, "a"))
+        client.ok("blockdev-add", driver="luks", node_name="vol", file="a", header=header, key_secret="s")
+        with exported(client, tmp_path, "vol", bytes(SIZE), fill=True):
+            overlay = {"node-name": "a", "snapshot-file": str(tmp_path / "b.qcow2"), "snapshot-node-name": "b"}
+            assert client.send({"execute": "blockdev-snapshot-sync", "arguments": overlay}) == {"return": {}}
+            time.sleep(0.1)
+            client.ok("block-stream", job_id="j", device="b")
+            finished(client)
+            client.ok("blockdev-del", node_name="a")
+            time.sleep(0.1)
+    (tmp_path / "a.qcow2").unlink()
+    sound(tmp_path, "b")
+
+
+def job_of(client: RawClient) -> dict[str, Any]:
+    return dict(client.ok("query-block-jobs")[0])
+
+
+@pytest.mark.parametrize("name", ["blockdev-backup", "blockdev-mirror"])
+def test_a_target_that_fails(tmp_path: Path, name: str) -> None:
+    """`report` ends the job and `stop` pauses it until it is resumed; the source is none the worse."""
+    (tmp_path / "s.img").write_bytes(b"s" * MiB)
+    (tmp_path / "t.img").write_bytes(bytes(MiB))
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        client.ok("blockdev-add", driver="file", node_name="s", filename=str(tmp_path / "s.img"))
+        client.ok("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "t.img"))
+        rule = {"event": "none", "iotype": "write", "errno": 28, "once": True, "sector": 1024}
+        client.ok("blockdev-add", driver="blkdebug", node_name="d", image="t", inject_error=[rule])
+        start = {"job_id": "j", "device": "s", "target": "d", "sync": "full"}
+        client.ok(name, **start)
+        assert wait(client, "BLOCK_JOB_COMPLETED")["error"] == "No space left on device"
+        client.ok("blockdev-del", node_name="d")
+        client.ok("blockdev-add", driver="blkdebug", node_name="d", image="t", inject_error=[rule])
+        client.ok(name, **start, on_target_error="enospc")
+        assert client.wait_event("BLOCK_JOB_ERROR")["data"]["action"] == "report"
+        failed = client.wait_event("BLOCK_JOB_ERROR")["data"]
+        assert failed == {"device": "j", "operation": "write", "action": "stop"}
+        while job_of(client)["status"] != "paused":
+            time.sleep(0.01)
+        assert job_of(client)["io-status"] == "nospace"
+        client.ok("job-resume", id="j")
+        if name == "blockdev-mirror":
+            wait(client, "BLOCK_JOB_READY")
+            client.ok("block-job-cancel", device="j")
+        finished(client)
+    assert (tmp_path / "t.img").read_bytes() == b"s" * MiB
+    assert (tmp_path / "s.img").read_bytes() == b"s" * MiB
+
+
+@pytest.mark.parametrize("name", ["block-stream", "block-commit", "blockdev-mirror", "blockdev-backup"])
+def test_a_daemon_that_is_told_to_end_while_a_job_works(tmp_path: Path, name: str) -> None:
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    image(tmp_path, "t")
+    more: dict[str, Any] = {"target": "t", "sync": "full"} if name.startswith("blockdev") else {}
+    if name == "block-commit":
+        more = {"top_node": "b", "base_node": "a"}
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        add(client, tree(tmp_path, "t"))
+        client.ok(name, job_id="j", device="c", speed=MiB, **more)
+        time.sleep(0.1)
+        assert job_of(client)["status"] == "running"
+    sound(tmp_path, "a", "b", "c", "t")
+    assert content(tmp_path / "c.qcow2") == begin
+    info = json.loads(run("qemu-img", "info", "--backing-chain", "--output=json", tmp_path / "c.qcow2"))
+    assert len(info) == 3
