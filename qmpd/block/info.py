@@ -6,7 +6,7 @@ block/qapi.c, block.c).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qmpd.block import stats
 from qmpd.block.backend import BlockBackend
@@ -18,6 +18,7 @@ from qmpd.block.throttle_group import BackendGroup
 from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
+    from qmpd.block.child import Child
     from qmpd.block.graph import Graph
 
 
@@ -138,6 +139,24 @@ def node_stats(node: BlockNode, backend: BlockBackend | None = None, *, chain: b
     return reply
 
 
+@runtime_checkable
+class _JobParent(Protocol):
+    """A job, as far as it is a parent."""
+
+    id: str
+    held: list[Child]
+
+
+def _jobs(graph: Graph) -> list[_JobParent]:
+    """Return the jobs that hold nodes."""
+    found: dict[int, _JobParent] = {}
+    for node in graph.nodes():
+        for edge in node.parents:
+            if edge.parent.stays_at_node and isinstance(edge.parent, _JobParent):
+                found[id(edge.parent)] = edge.parent
+    return list(found.values())
+
+
 def debug_graph(graph: Graph) -> dict[str, Any]:
     """Return XDbgBlockGraph: backends, then nodes from the oldest, ids in the order of meeting.
 
@@ -165,6 +184,10 @@ def debug_graph(graph: Graph) -> dict[str, Any]:
         nodes.append({"id": number(backend), "type": "block-backend", "name": backend.name or backend.label})
         if backend.root is not None:
             edge(backend, backend.root)
+    for job in _jobs(graph):
+        nodes.append({"id": number(job), "type": "block-job", "name": job.id})
+        for child in reversed(job.held):
+            edge(job, child)
     for node in reversed(graph.nodes()):
         nodes.append({"id": number(node), "type": "block-driver", "name": node.name})
         for child in reversed(node.children.values()):

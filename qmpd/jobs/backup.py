@@ -24,7 +24,7 @@ from qmpd.block.node import BlockNode
 from qmpd.block.options import NodeOptions
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
-from qmpd.jobs.block_job import BlockJob
+from qmpd.jobs.block_job import BlockJob, pieces
 from qmpd.jobs.chains import device_name
 from qmpd.jobs.job import Job, JobManager
 from qmpd.jobs.keeping import Keeping, TargetFailed
@@ -204,22 +204,9 @@ class Backup(BlockJob):
     async def _copy_all(self) -> bool:
         """Copy once what is still to be copied; False if something failed and that is to be ignored."""
         chunk = max(self.options.x_perf.max_chunk or CHUNK, self._keeping.cluster)
-        running: set[asyncio.Task[bool]] = set()
-        well = True
-        try:
-            for offset, length in list(self._keeping.to_copy.dirty_areas()):
-                for at in range(offset, offset + length, chunk):
-                    await self.pause_point()
-                    if len(running) >= self.options.x_perf.max_workers:
-                        ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                        well &= _all_well(ended)
-                    size = min(chunk, offset + length - at)
-                    running.add(asyncio.create_task(self._copy(at, at + size)))
-                    await self.pace(size)
-        finally:
-            if running:
-                await asyncio.wait(running)
-        return well & _all_well(running)
+        areas = pieces(self._keeping.to_copy.dirty_areas(), chunk)
+        works = ((end - at, partial(self._copy, at, end)) for at, end in areas)
+        return all(await self.in_parallel(works, self.options.x_perf.max_workers))
 
     async def _copy(self, start: int, end: int) -> bool:
         """Copy a piece, again and again if that is what is to be done about errors; False: it is to be left out."""
@@ -260,12 +247,6 @@ class Backup(BlockJob):
         if above is not None:
             await self.take_out(above)
         await self.let_go()
-
-
-def _all_well(ended: set[asyncio.Task[bool]]) -> bool:
-    """Say whether nothing was left out; raises what ended one of the tasks."""
-    results = [one.result() for one in ended]
-    return all(results)
 
 
 async def new_backup(graph: Graph, jobs: JobManager, options: BackupOptions) -> Job:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 from qmpd.block import insertion
@@ -38,7 +38,10 @@ class BlockJob(Job):
         super().__init__(*args, **named)
         self.speed = speed
         self.io_status = "ok"
-        self._held: list[Child] = []
+        self.ignored: OSError | None = None
+        """The first error that was ignored: something was left out."""
+        self.held: list[Child] = []
+        """The edges to the nodes it relies on."""
         self._paced = (0.0, 0)
 
     # --- nodes ------------------------------------------------------------------------------------
@@ -51,19 +54,19 @@ class BlockJob(Job):
         with node.graph.change() as tran:
             edge = tran.attach(self, name, ChildRole.NONE, node, Perm.NONE, shared)
         node.blockers.insert(0, self._blocker)
-        self._held.append(edge)
+        self.held.append(edge)
 
     async def let_go(self) -> None:
         """Undo every `hold`."""
-        while self._held:
-            node = self._held[-1].node
+        while self.held:
+            node = self.held[-1].node
             self.release(node)
             await node.graph.drop_unreferenced(node)
 
     def release(self, node: BlockNode) -> None:
         """Undo the `hold` on one node; it stays, even if nobody needs it any more."""
-        for edge in [one for one in self._held if one.node is node]:
-            self._held.remove(edge)
+        for edge in [one for one in self.held if one.node is node]:
+            self.held.remove(edge)
             node.blockers.remove(self._blocker)
             with node.graph.change() as tran:
                 tran.detach(edge)
@@ -116,6 +119,38 @@ class BlockJob(Job):
             await asyncio.sleep(min(NAP, ahead))
             await self.pause_point()
 
+    async def in_parallel(
+        self, works: Iterable[tuple[int, Callable[[], Coroutine[Any, Any, T]]]], at_once: int
+    ) -> list[T]:
+        """Return the results of works, each with the bytes it is about, in any order; so many are under way at a time.
+
+        Raises what the first that fails raises, when the others that were begun have ended.
+        """
+        running: set[asyncio.Task[T]] = set()
+        results: list[T] = []
+
+        async def wait(until: str) -> None:
+            nonlocal running
+            ended, running = await asyncio.wait(running, return_when=until)
+            failures = [failure for one in ended if (failure := one.exception()) is not None]
+            if failures:
+                raise failures[0]
+            results.extend(one.result() for one in ended)
+
+        try:
+            for size, work in works:
+                await self.pause_point()
+                if len(running) >= at_once:
+                    await wait(asyncio.FIRST_COMPLETED)
+                running.add(asyncio.create_task(work()))
+                await self.pace(size)
+            if running:
+                await wait(asyncio.ALL_COMPLETED)
+        except BaseException:
+            await asyncio.gather(*running, return_exceptions=True)
+            raise
+        return results
+
     async def attempt(self, work: Callable[[], Awaitable[T]], on_error: str, *, reading: bool) -> T | None:
         """Return what `work` returns; None if it failed and that is to be ignored. Raises OSError, Cancelled."""
         while True:
@@ -135,6 +170,7 @@ class BlockJob(Job):
         if action == "report":
             raise error
         if action == "ignore":
+            self.ignored = self.ignored or error
             return False
         self.io_status = "nospace" if error.errno == errno.ENOSPC else "failed"
         if not self.user_paused:
@@ -194,3 +230,10 @@ class BlockJob(Job):
         if self.error is not None:
             reply["error"] = self.error
         return reply
+
+
+def pieces(areas: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of pieces of `most` bytes at most that make up the areas (offset, length)."""
+    for offset, length in areas:
+        for at in range(offset, offset + length, most):
+            yield at, min(at + most, offset + length)

@@ -188,10 +188,13 @@ class Job:
         if self._cancelled:
             raise Cancelled
         if not self._resume.is_set():
-            back = self.status
-            self.move(Status.STANDBY if back is Status.READY else Status.PAUSED)
-            await self._resume.wait()
-            self.move(back)
+            if self.status in (Status.PAUSED, Status.STANDBY):  # another task of the job has said so
+                await self._resume.wait()
+            else:
+                back = self.status
+                self.move(Status.STANDBY if back is Status.READY else Status.PAUSED)
+                await self._resume.wait()
+                self.move(back)
             if self._cancelled:
                 raise Cancelled
 

@@ -26,7 +26,7 @@ from qmpd.block.node import BlockNode
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.block.ranges import RangeTable
 from qmpd.errors import CommandError
-from qmpd.jobs.block_job import BlockJob
+from qmpd.jobs.block_job import NAP, BlockJob, pieces
 from qmpd.jobs.job import JobManager, Status
 from qmpd.jobs.layers import Held, Stretch, held_above
 from qmpd.units import MiB, align_down, align_up
@@ -332,24 +332,9 @@ class Mirror(BlockJob):
     async def _copy_dirty(self) -> None:
         """Copy once what is dirty now, several pieces at a time."""
         assert self._filter is not None
-        above, running = self._filter, set[asyncio.Task[None]]()
-        areas = list(self._dirty.dirty_areas())
-        try:
-            for offset, length in areas:
-                for at in range(offset, offset + length, CHUNK):
-                    size = min(CHUNK, offset + length - at)
-                    if len(running) >= AT_ONCE:
-                        ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                        for one in ended:
-                            one.result()
-                        await self.pause_point()
-                    running.add(asyncio.create_task(self._copy(above, at, at + size)))
-                    await self.pace(size)
-        finally:
-            if running:
-                await asyncio.wait(running)
-        for one in running:
-            one.result()
+        areas = pieces(self._dirty.dirty_areas(), CHUNK)
+        works = ((end - at, partial(self._copy, self._filter, at, end)) for at, end in areas)
+        await self.in_parallel(works, AT_ONCE)
 
     async def _copy(self, above: MirrorFilter, start: int, end: int) -> None:
         copied, error, reading = await self._visit(partial(above.copy, start, end))
@@ -357,7 +342,8 @@ class Mirror(BlockJob):
         self._show()
         if error is not None:
             policy = self.options.on_source_error if reading else self.options.on_target_error
-            await self.failed(error, policy, reading=reading)
+            if not await self.failed(error, policy, reading=reading):
+                await asyncio.sleep(NAP)  # it is tried again
 
     def _show(self) -> None:
         """Have the progress say what is left."""
@@ -386,17 +372,15 @@ class Mirror(BlockJob):
         await self._flush_target()
         await self._drain.enter_async_context(graph.drained(self._filter))
         try:
-            for offset, length in list(self._dirty.dirty_areas()):
-                for at in range(offset, offset + length, CHUNK):
-                    # The backend that other copies go through is stopped as well: this is not a request of it.
-                    end = min(at + CHUNK, offset + length)
-                    copied, error, reading = await graph.runner.run(self._filter.copy(at, end))
-                    self.current += copied
-                    if error is not None:
-                        await self._drain.aclose()
-                        policy = self.options.on_source_error if reading else self.options.on_target_error
-                        await self.failed(error, policy, reading=reading)
-                        return False
+            for at, end in list(pieces(self._dirty.dirty_areas(), CHUNK)):
+                # The backend that other copies go through is stopped as well: this is not a request of it.
+                copied, error, reading = await graph.runner.run(self._filter.copy(at, end))
+                self.current += copied
+                if error is not None:
+                    await self._drain.aclose()
+                    policy = self.options.on_source_error if reading else self.options.on_target_error
+                    await self.failed(error, policy, reading=reading)
+                    return False
             await graph.runner.run(target.flush())
         except BaseException:
             await self._drain.aclose()

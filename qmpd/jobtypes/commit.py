@@ -21,7 +21,7 @@ from qmpd.block.node import BlockNode
 from qmpd.block.perm import ChildRole, Perm
 from qmpd.context import Context
 from qmpd.errors import CommandError, DeviceNotFound
-from qmpd.jobs.block_job import BlockJob
+from qmpd.jobs.block_job import BlockJob, pieces
 from qmpd.jobs.chains import (
     backing_format,
     device_name,
@@ -34,10 +34,13 @@ from qmpd.jobs.job import JobManager
 from qmpd.jobs.layers import Held, Stretch, held_above
 from qmpd.jobs.mirror import Mirror, MirrorOptions
 from qmpd.qapi.registry import command, jobtype
-from qmpd.units import KiB
+from qmpd.units import KiB, MiB
+
+WINDOW = 64 * MiB
+"""Bytes that are looked at as one."""
 
 CHUNK = 512 * KiB
-"""Bytes that are looked at and copied as one (COMMIT_BUFFER_SIZE)."""
+"""Bytes that are copied as one (COMMIT_BUFFER_SIZE)."""
 
 
 class CommitFilter(insertion.JobFilter):
@@ -116,25 +119,35 @@ class CommitJob(BlockJob):
         self.total = self.top.size
         if self.base.size < self.total:
             await self._writer.truncate(self.total)
-        while self.current < self.total:
+        for offset in range(0, self.total, WINDOW):
             await self.pause_point()
-            offset, length = self.current, min(CHUNK, self.total - self.current)
-            look = partial(held_above, self.top, self.base, offset, length)
+            end = min(offset + WINDOW, self.total)
+            look = partial(held_above, self.top, self.base, offset, end - offset)
             stretches = await self.attempt(partial(self._visit, look), self.on_error, reading=True)
-            copied = 0
             for one in stretches or ():
-                if one.held is Held.DATA:
-                    read = partial(self._reader.pread, one.offset, one.length)
-                    data = await self.attempt(read, self.on_error, reading=True)
-                    if data is not None:
-                        await self.attempt(partial(self._writer.pwrite, one.offset, data), self.on_error, reading=False)
-                elif one.held is Held.ZERO:
-                    zero = partial(self._writer.pwrite_zeroes, one.offset, one.length, WriteFlags.MAY_UNMAP)
-                    await self.attempt(zero, self.on_error, reading=False)
-                copied += one.length if one.held is not Held.BELOW else 0
-            self.current += length
-            await self.pace(copied)
+                if one.held is Held.BELOW:
+                    continue
+                for at, stop in pieces([(one.offset, one.length)], CHUNK if one.held is Held.DATA else WINDOW):
+                    await self.pause_point()
+                    self.current = at
+                    await self._copy(at, stop - at, one.held)
+                    await self.pace(stop - at)
+            self.current = end
+        if self.ignored is not None:
+            raise self.ignored  # images must not go while the base lacks something of theirs
         await self._writer.flush()
+
+    async def _copy(self, offset: int, length: int, held: Held) -> None:
+        """Write a piece into the base."""
+        assert self._reader is not None
+        assert self._writer is not None
+        if held is Held.ZERO:
+            zero = partial(self._writer.pwrite_zeroes, offset, length, WriteFlags.MAY_UNMAP)
+            await self.attempt(zero, self.on_error, reading=False)
+            return
+        data = await self.attempt(partial(self._reader.pread, offset, length), self.on_error, reading=True)
+        if data is not None:
+            await self.attempt(partial(self._writer.pwrite, offset, data), self.on_error, reading=False)
 
     async def _visit(self, work: Callable[[], Coroutine[Any, Any, list[Stretch]]]) -> list[Stretch]:
         assert self._reader is not None

@@ -6,7 +6,6 @@ that a copy never overwrites what is written meanwhile. Model: block/stream.c of
 
 from __future__ import annotations
 
-import errno
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -22,15 +21,18 @@ from qmpd.block.options import NodeOptions
 from qmpd.block.perm import Perm
 from qmpd.context import Context
 from qmpd.errors import CommandError
-from qmpd.jobs.block_job import BlockJob
+from qmpd.jobs.block_job import BlockJob, pieces
 from qmpd.jobs.chains import backing_format, device_name, find_image
 from qmpd.jobs.job import JobManager
 from qmpd.jobs.layers import Held, held_above
 from qmpd.qapi.registry import command, jobtype
-from qmpd.units import KiB
+from qmpd.units import KiB, MiB
+
+WINDOW = 64 * MiB
+"""Bytes that are looked at as one."""
 
 CHUNK = 512 * KiB
-"""Bytes that are looked at and copied as one (STREAM_CHUNK)."""
+"""Bytes that are copied as one (STREAM_CHUNK)."""
 
 
 UNCHANGING = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
@@ -65,7 +67,6 @@ class StreamJob(BlockJob):
         self.was_read_only = False
         self._filter: BlockNode | None = None
         self._backend: BlockBackend | None = None
-        self._failure: OSError | None = None
 
     async def prepare_graph(self, filter_name: str | None) -> None:
         """Make the image writable, and put the filter above it. Raises QmpdError."""
@@ -104,33 +105,38 @@ class StreamJob(BlockJob):
         if self.bottom is self.image:
             return  # nothing lies between the image and the base
         self.total = self.image.size
-        while self.current < self.total:
+        for offset in range(0, self.total, WINDOW):
             await self.pause_point()
-            offset, length = self.current, min(CHUNK, self.total - self.current)
-            step = partial(backend.visit, partial(self._step, base, offset, length))
-            copied = await self.attempt(step, self.on_error, reading=True)
-            if copied is None:
-                self._failure = self._failure or OSError(errno.EIO, "a part could not be copied")
-            self.current += length
-            await self.pace(copied or 0)
-        if self._failure is not None:
-            raise self._failure
+            end = min(offset + WINDOW, self.total)
+            look = partial(backend.visit, partial(self._lacking, base, offset, end - offset))
+            lacking = await self.attempt(look, self.on_error, reading=True)
+            for at, stop in pieces(lacking or (), CHUNK):
+                await self.pause_point()
+                self.current = at
+                step = partial(backend.visit, partial(self._fetch, at, stop - at))
+                await self.attempt(step, self.on_error, reading=True)
+                await self.pace(stop - at)
+            self.current = end
+        if self.ignored is not None:
+            raise self.ignored
 
-    async def _step(self, base: BlockNode | None, offset: int, length: int, root: Child) -> int:
-        """Copy what the image lacks of a range; return the bytes copied."""
-        copied = 0
-        assert isinstance(root.node, Prefetching)
+    async def _lacking(self, base: BlockNode | None, offset: int, length: int, _: Child) -> list[tuple[int, int]]:
+        """Return what of a range the image lacks, and an image between it and the base holds: (offset, length)."""
         below = chain.backing_of(self.image)
         if below is None:
-            return 0
-        for mine in await held_above(self.image, below, offset, length):
-            if mine.held is not Held.BELOW:
-                continue
-            for one in await held_above(below, base, mine.offset, mine.length):
-                if one.held is not Held.BELOW:
-                    await root.node.prefetch(one.offset, one.length)
-                    copied += one.length
-        return copied
+            return []
+        return [
+            (one.offset, one.length)
+            for mine in await held_above(self.image, below, offset, length)
+            if mine.held is Held.BELOW
+            for one in await held_above(below, base, mine.offset, mine.length)
+            if one.held is not Held.BELOW
+        ]
+
+    @staticmethod
+    async def _fetch(offset: int, length: int, root: Child) -> None:
+        assert isinstance(root.node, Prefetching)
+        await root.node.prefetch(offset, length)
 
     async def commit(self) -> None:
         """Take the filter away, and the images that are not needed."""

@@ -129,3 +129,15 @@ def test_exports_with_clients_end_first_and_in_their_order(tmp_path: Path) -> No
         theirs = ended(tmp_path / f"theirs{at}", "qemu-storage-daemon", visits)
         assert ended(tmp_path / f"ours{at}", "qmpd-storage-daemon", visits) == theirs, visits
         assert len(theirs) == 5
+
+
+def test_a_node_is_not_moved_under_its_users(tmp_path: Path) -> None:
+    def move(name: str, thread: object, **more: bool) -> Request:
+        return "x-blockdev-set-iothread", {"node-name": name, "iothread": thread, **more}
+
+    requests = [node("null-co", "n"), node("raw", "r", file="n"), ("object-add", {"qom-type": "iothread", "id": "t"})]
+    requests += [move("n", "t"), move("r", "t"), move("r", None), move("x", None), move("n", "zz"), move("n", "")]
+    requests.append(("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "n.sock"}}}))
+    requests.append(("block-export-add", {"type": "nbd", "id": "e", "node-name": "r"}))
+    requests += [move("r", "t"), move("r", "t", force=True), move("n", None), move("r", 3), move("r", "zz", force=True)]
+    converse(tmp_path, requests)

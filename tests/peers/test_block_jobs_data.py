@@ -366,6 +366,58 @@ def test_a_target_that_fails(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "s.img").read_bytes() == b"s" * MiB
 
 
+@pytest.mark.parametrize("name", ["blockdev-backup", "blockdev-mirror"])
+def test_a_target_that_fails_all_the_while(tmp_path: Path, name: str) -> None:
+    """Copies that fail at the same time pause the job once, and it can still be cancelled."""
+    (tmp_path / "s.img").write_bytes(b"s" * SIZE)
+    (tmp_path / "t.img").write_bytes(bytes(SIZE))
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        client.ok("blockdev-add", driver="file", node_name="s", filename=str(tmp_path / "s.img"))
+        client.ok("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "t.img"))
+        rule = {"event": "none", "iotype": "write", "errno": 5}
+        client.ok("blockdev-add", driver="blkdebug", node_name="d", image="t", inject_error=[rule])
+        client.ok(name, job_id="j", device="s", target="d", sync="full", on_target_error="stop")
+        for _ in range(3):
+            while job_of(client)["status"] != "paused":
+                time.sleep(0.01)
+            assert job_of(client)["io-status"] == "failed"
+            client.ok("job-resume", id="j")
+        client.ok("job-cancel", id="j")
+        wait(client, "BLOCK_JOB_CANCELLED")
+        while client.ok("query-jobs"):
+            time.sleep(0.01)
+        client.ok(name, job_id="j", device="s", target="d", sync="full")
+        assert wait(client, "BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
+        client.ok("blockdev-del", node_name="d")
+        client.ok("blockdev-del", node_name="s")
+
+
+@pytest.mark.parametrize("name", ["block-stream", "block-commit"])
+def test_no_image_goes_while_something_of_it_was_not_copied(tmp_path: Path, name: str) -> None:
+    """With errors ignored the job fails at its end, and the chain stays as it was."""
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add(client, tree(tmp_path, "a"))
+        rule = {"event": "none", "iotype": "read", "errno": 5, "sector": 2048, "once": True}
+        client.ok("blockdev-add", driver="file", node_name="f", filename=str(tmp_path / "b.qcow2"))
+        client.ok("blockdev-add", driver="blkdebug", node_name="d", image="f", inject_error=[rule])
+        add(client, {"driver": "qcow2", "node-name": "b", "file": "d", "backing": "a"})
+        add(client, tree(tmp_path, "c", backing="b"))
+        more = {"top_node": "b", "base_node": "a"} if name == "block-commit" else {"base_node": "a"}
+        client.ok(name, job_id="j", device="c", on_error="ignore", **more)
+        assert wait(client, "BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
+        while client.ok("query-jobs"):
+            time.sleep(0.01)
+        assert client.wait_event("BLOCK_JOB_ERROR")["data"]["action"] == "ignore"
+    sound(tmp_path, "a", "b", "c")
+    assert content(tmp_path / "c.qcow2") == begin
+    info = json.loads(run("qemu-img", "info", "--backing-chain", "--output=json", tmp_path / "c.qcow2"))
+    assert len(info) == 3
+
+
 @pytest.mark.parametrize("name", ["block-stream", "block-commit", "blockdev-mirror", "blockdev-backup"])
 def test_a_daemon_that_is_told_to_end_while_a_job_works(tmp_path: Path, name: str) -> None:
     need("qemu-img", "qemu-io")
