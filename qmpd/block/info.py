@@ -99,7 +99,7 @@ def device_info(node: BlockNode, *, flat: bool, backend: BlockBackend | None = N
     if backend is not None and backend.throttle is not None:
         info |= _limits(backend.throttle)
     backing = node.children.get("backing")
-    if backing is not None:
+    if backing is not None and backing.role & ChildRole.COW:
         info["backing_file"] = node_filename(backing.node)
     return info
 

@@ -125,8 +125,11 @@ class MirrorFilter(insertion.JobFilter):
         """Zero the source, and mark it or zero the target as well."""
         async with self._followed([(offset, offset + length)]) as both:
             await super().pwrite_zeroes(offset, length, flags)
-            if both and self.target is not None:
-                await self.target.pwrite_zeroes(offset, length, flags)
+            if both and self.target is not None and self.dirty is not None:
+                try:
+                    await self.target.pwrite_zeroes(offset, length, flags)
+                except OSError:
+                    self.dirty.set(offset, length)
 
     async def pdiscard(self, offset: int, length: int) -> None:
         """Discard in the source; the target gets what is there then."""
@@ -174,7 +177,10 @@ class MirrorFilter(insertion.JobFilter):
 class MirrorOptions:
     """How a mirror job works.
 
-    what         the images whose data is copied to begin with are those above this node; None: all
+    replaces     the node whose place the target takes; None: the source
+    granularity  bytes that are marked as one; None: as the target's clusters
+    blocking     writes wait for the target
+    above        the images whose data is copied to begin with are those above this node; None: all
     everything   whatever the images hold: the target may hold something else
     nothing      nothing is copied to begin with
     """
@@ -404,6 +410,11 @@ class Mirror(BlockJob):
         self._completing = True
         self._wake.set()
 
+    def pause(self) -> None:
+        """Stop at once, also while there is nothing to do."""
+        super().pause()
+        self._wake.set()
+
     def cancel(self) -> None:
         """Stop at once."""
         super().cancel()
@@ -415,6 +426,7 @@ class Mirror(BlockJob):
         assert above is not None
         chain.thaw(self._frozen)
         await self._remove_backends()
+        self._base_was_read_only = False  # as in the reference, it stays writable unless the job fails
         if self._pivots:
             replaced = self.options.replaces or self.source
             with graph.change() as tran:
@@ -422,6 +434,7 @@ class Mirror(BlockJob):
                     insertion.move_parents(tran, above, self.target)
                 insertion.move_parents(tran, replaced, self.target)
             refresh_names([self.target])
+            await reopen.set_read_only(graph, self.target, replaced.read_only)
 
     async def clean(self) -> None:
         """Take the filter away, and let requests go on."""

@@ -206,6 +206,15 @@ def test_commit_of_an_image_in_use(tmp_path: Path) -> None:
     talk(tmp_path, requests)
 
 
+@pytest.mark.parametrize("end", ["block-job-complete", "block-job-cancel"])
+def test_commit_into_a_base_that_was_read_only(tmp_path: Path, end: str) -> None:
+    """It becomes what is in use, and writable, or read-only again."""
+    requests = [*WHOLE, ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "n.sock"}}})]
+    requests += [("block-export-add", {"type": "nbd", "id": "e", "node-name": "c", "writable": True})]
+    requests += [job("block-commit", job_id="j", device="c"), SHOWN, (end, {"device": "j"}), SHOWN, GRAPH]
+    talk(tmp_path, requests)
+
+
 def test_a_commit_that_is_cancelled(tmp_path: Path) -> None:
     requests = [*CHAIN, job("block-commit", job_id="j", device="c"), ("job-cancel", {"id": "j"}), SHOWN, GRAPH]
     requests += [job("block-commit", job_id="j", device="c"), ("block-job-cancel", {"device": "j"}), SHOWN, GRAPH]

@@ -177,25 +177,29 @@ def test_a_commit_below_a_writer(tmp_path: Path) -> None:
     assert content(tmp_path / "c.qcow2") == writer.model
 
 
-@pytest.mark.parametrize("base", ["a", "b"])
-def test_a_commit_of_what_is_being_written(tmp_path: Path, base: str) -> None:
+@pytest.mark.parametrize(("base", "found"), [("a", False), ("b", False), (None, True)])
+def test_a_commit_of_what_is_being_written(tmp_path: Path, base: str | None, found: bool) -> None:
+    """Into nodes that are writable, and into one that the image opened read-only by itself."""
     need("qemu-img", "qemu-io")
     begin = chain(tmp_path)
     with running(tmp_path, name="qmpd-storage-daemon") as daemon:
         client = daemon.client()
-        add_chain(client, tmp_path)
+        if found:
+            add(client, tree(tmp_path, "c"))
+        else:
+            add_chain(client, tmp_path)
         with exported(client, tmp_path, "c", begin) as writer:
-            client.ok("block-commit", job_id="j", device="c", base_node=base)
+            client.ok("block-commit", job_id="j", device="c", **({} if base is None else {"base_node": base}))
             wait(client, "BLOCK_JOB_READY")
             time.sleep(0.2)
             client.ok("job-complete", id="j")
             finished(client)
-            assert client.ok("query-block-exports")[0]["node-name"] == base
+            assert client.ok("query-block-exports")[0]["node-name"] == base or found
             before = writer.writes
             time.sleep(0.2)
         assert writer.writes > before
     sound(tmp_path, "a", "b", "c")
-    assert content(tmp_path / f"{base}.qcow2") == writer.model
+    assert content(tmp_path / f"{base or 'a'}.qcow2") == writer.model
 
 
 @pytest.mark.parametrize("mode", ["background", "write-blocking", "changed"])
