@@ -235,7 +235,9 @@ class CopyBeforeWriteNode(FilterNode):
         if start + length > self.target.size:
             raise TargetFailed(errno.EIO, "the target is too small")
         if self.copy_flags & WriteFlags.COMPRESSED:  # which wants whole clusters
-            await self._put(start, await self.file.pread(start, length))
+            step = max(CHUNK, int(self.target.node.image_info().get("cluster-size", 0)))
+            for at in range(start, start + length, step):
+                await self._put(at, await self.file.pread(at, min(step, start + length - at)))
             return
         for extent in await self.file.block_status(start, length):
             if extent.zero:

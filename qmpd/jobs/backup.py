@@ -189,14 +189,15 @@ class Backup(BlockJob):
         """Copy what the uppermost image holds only."""
         to_copy, cluster = self._keeping.to_copy, self._keeping.cluster
         below = chain.backing_of(chain.image_of(self.source))
-        for at in range(0, self.source.size, 64 * CHUNK):
+        step = max(64 * CHUNK, cluster)
+        for at in range(0, self.source.size, step):
             await self.pause_point()
-            look = partial(held_above, self.source, below, at, min(64 * CHUNK, self.source.size - at))
-            held = [one for one in await self._visit(look) if one.held is not Held.BELOW]
-            needed = {
-                part for one in held for part in range(one.offset // cluster, -(-(one.offset + one.length) // cluster))
-            }
-            for number in range(at // cluster, -(-min(at + 64 * CHUNK, self.source.size) // cluster)):
+            length = min(step, self.source.size - at)
+            needed: set[int] = set()
+            for one in await self._visit(partial(held_above, self.source, below, at, length)):
+                if one.held is not Held.BELOW:
+                    needed.update(range(one.offset // cluster, -(-(one.offset + one.length) // cluster)))
+            for number in range(at // cluster, -(-(at + length) // cluster)):
                 if number not in needed:
                     to_copy.reset(number * cluster, cluster)
         self.total = to_copy.count

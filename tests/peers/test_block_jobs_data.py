@@ -126,10 +126,16 @@ def exported(client: RawClient, folder: Path, node: str, begin: bytes, *, fill: 
 
 
 def wait(client: RawClient, event: str, job: str = "j") -> dict[str, Any]:
-    while True:
-        found = client.wait_event(event)["data"]
-        if found.get("device", found.get("id")) == job:
-            return found
+    """Return what the first such event of a job says; those of others stay to be waited for."""
+    others: list[dict[str, Any]] = []
+    try:
+        while True:
+            found = client.wait_event(event)
+            if found["data"].get("device", found["data"].get("id")) == job:
+                return dict(found["data"])
+            others.append(found)
+    finally:
+        client.events[:0] = others
 
 
 def finished(client: RawClient) -> None:
@@ -277,6 +283,29 @@ def test_a_backup_is_the_disk_as_it_was(tmp_path: Path, compress: bool) -> None:
     assert content(tmp_path / "c.qcow2") == writer.model
 
 
+@pytest.mark.parametrize("least", [0, 128 * MiB], ids=["small", "large"])
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
+def test_a_backup_of_the_uppermost_image(tmp_path: Path, least: int, compress: bool) -> None:
+    """Above the same backing file, the copy shows the same, whatever is copied as one."""
+    need("qemu-img", "qemu-io")
+    size = "200M"
+    run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", size)
+    run("qemu-io", "-c", "write -P 1 0 1M", "-c", "write -P 2 150M 1M", tmp_path / "a.qcow2")
+    for name in ("b", "t"):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", tmp_path / f"{name}.qcow2", size)
+    run("qemu-io", "-c", "write -P 3 64k 64k", "-c", "write -P 4 100M 64k", "-c", "write -z 150M 512k",
+        tmp_path / "b.qcow2")  # fmt: skip
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add(client, tree(tmp_path, "b"))
+        add(client, tree(tmp_path, "t"))
+        perf = {"min-cluster-size": least} if least else {}
+        client.ok("blockdev-backup", job_id="j", device="b", target="t", sync="top", compress=compress, x_perf=perf)
+        finished(client)
+    sound(tmp_path, "t")
+    run("qemu-img", "compare", tmp_path / "b.qcow2", tmp_path / "t.qcow2")
+
+
 def test_incremental_backups_add_up(tmp_path: Path) -> None:
     """Each copies what was written since the one before; one that is cancelled loses nothing for the next."""
     need("qemu-img", "qemu-io")
@@ -395,6 +424,39 @@ def test_a_target_that_fails_all_the_while(tmp_path: Path, name: str) -> None:
         assert wait(client, "BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
         client.ok("blockdev-del", node_name="d")
         client.ok("blockdev-del", node_name="s")
+
+
+@pytest.mark.parametrize("mode", ["grouped", "individual"])
+def test_backups_of_a_transaction_end_well_together_or_not_at_all(tmp_path: Path, mode: str) -> None:
+    for name in "stuv":
+        (tmp_path / f"{name}.img").write_bytes(name.encode() * MiB)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        for name in "stuv":
+            client.ok("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / f"{name}.img"))
+        rule = {"event": "none", "iotype": "write", "errno": 28}
+        client.ok("blockdev-add", driver="blkdebug", node_name="d", image="v", inject_error=[rule])
+        for first, second in (("t", "u"), ("d", "u")):
+            pairs = (("j", "s", first), ("k", "t" if first == "d" else "v", second))
+            actions = [
+                {
+                    "type": "blockdev-backup",
+                    "data": {"job-id": job, "device": source, "target": target, "sync": "full", "speed": 4 * MiB},
+                }
+                for job, source, target in pairs
+            ]
+            client.ok("transaction", actions=actions, properties={"completion-mode": mode})
+            if first == "t":
+                assert "error" not in wait(client, "BLOCK_JOB_COMPLETED", "j")
+                assert "error" not in wait(client, "BLOCK_JOB_COMPLETED", "k")
+            else:
+                assert wait(client, "BLOCK_JOB_COMPLETED", "j")["error"] == "No space left on device"
+                if mode == "grouped":
+                    wait(client, "BLOCK_JOB_CANCELLED", "k")
+                else:
+                    assert "error" not in wait(client, "BLOCK_JOB_COMPLETED", "k")
+            while client.ok("query-jobs"):
+                time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", ["block-stream", "block-commit"])
