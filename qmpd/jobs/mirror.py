@@ -52,11 +52,13 @@ class MirrorFilter(insertion.JobFilter):
 
     blocking   writes go to the target before they are answered     dirty   what the target lacks, once set up
     shares_all it is about a commit: the chain below may be written to meanwhile
+    stopped    nothing goes to the target any more, which somebody else may want for himself
     """
 
     driver_name: ClassVar[str] = "mirror_top"
     blocking = False
     shares_all = False
+    stopped = False
     target: Child | None = None
     dirty: DirtyBitmap | None = None
 
@@ -70,7 +72,7 @@ class MirrorFilter(insertion.JobFilter):
     def child_perm(self, name: str, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """Pass on what the parents do; the target is written to."""
         if name == "target":
-            return Perm.WRITE, Perm.ALL
+            return Perm.NONE if self.stopped else Perm.WRITE, Perm.ALL
         if self.shares_all:
             return perm & ~Perm.CONSISTENT_READ, shared | Perm.WRITE | Perm.RESIZE
         return perm, shared
@@ -427,9 +429,11 @@ class Mirror(BlockJob):
         chain.thaw(self._frozen)
         await self._remove_backends()
         self._base_was_read_only = False  # as in the reference, it stays writable unless the job fails
+        above.stopped = True
         if self._pivots:
             replaced = self.options.replaces or self.source
             with graph.change() as tran:
+                tran.touch(above)
                 if replaced is self.source:
                     insertion.move_parents(tran, above, self.target)
                 insertion.move_parents(tran, replaced, self.target)
@@ -442,9 +446,14 @@ class Mirror(BlockJob):
         await self._remove_backends()
         above, self._filter = self._filter, None
         graph = self.source.graph
-        if above is not None:
-            await self.take_out(above)
-        await self._drain.aclose()
+        try:
+            if above is not None:
+                above.stopped = True
+                with graph.change() as tran:
+                    tran.touch(above)
+                await self.take_out(above)
+        finally:
+            await self._drain.aclose()
         if self._base_was_read_only:
             await reopen.set_read_only(graph, self.target, True)
         await self.let_go()

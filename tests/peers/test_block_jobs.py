@@ -79,13 +79,16 @@ def shown(value: Any) -> Any:
     return value
 
 
-def talk(folder: Path, requests: list[Request]) -> None:
+STORAGE_DAEMONS = ("qemu-storage-daemon", "qmpd-storage-daemon")
+
+
+def talk(folder: Path, requests: list[Request], programs: tuple[str, str] = STORAGE_DAEMONS) -> None:
     """Send the requests to both programs, each once its jobs have settled; compare replies and events."""
-    need("qemu-storage-daemon", "qemu-img")
+    need(programs[0], "qemu-img")
     (folder / "images").mkdir()
     prepare(folder / "images")
     answers: list[list[Any]] = []
-    for name in ("qemu-storage-daemon", "qmpd-storage-daemon"):
+    for name in programs:
         home = folder / name
         run("cp", "-r", folder / "images", home)
         said: list[Any] = []
@@ -104,7 +107,7 @@ def talk(folder: Path, requests: list[Request]) -> None:
     ]
     assert not wrong, "\n".join(wrong)
     for image in sorted((folder / "images").glob("*.qcow2")):
-        theirs, ours = (alone(folder / f"{kind}-storage-daemon" / image.name) for kind in ("qemu", "qmpd"))
+        theirs, ours = (alone(folder / program / image.name) for program in programs)
         assert "No errors" in run("qemu-img", "check", ours)
         run("qemu-img", "compare", ours, theirs)
 
@@ -119,10 +122,13 @@ def alone(image: Path) -> str:
 
 
 def _without_pause(events: list[list[Any]]) -> list[list[Any]]:
-    """Leave out that QEMU's backups, which begin while their nodes are drained, may pause at first."""
+    """Leave out that QEMU's jobs may pause while nodes are drained, and go on."""
     kept: list[list[Any]] = []
     for one in events:
-        if one[1].get("status") != "paused" and (not kept or kept[-1] != one):
+        status, before = one[1].get("status"), kept[-1][1].get("status") if kept else None
+        if (before, status) == ("standby", "ready"):
+            kept.pop()
+        elif status != "paused" and (not kept or kept[-1] != one):
             kept.append(one)
     return kept
 
@@ -345,3 +351,79 @@ def test_the_names_of_jobs_that_are_not_there(tmp_path: Path) -> None:
     requests += [("block-job-change", {"id": "j", "type": "mirror", "copy-mode": "background"})]
     requests += [("block-job-change", {"id": "j", "type": "commit"})]
     talk(tmp_path, requests)
+
+
+def storage(number: int, filename: str) -> Request:
+    return node("file", f"libvirt-{number}-storage", filename=filename, auto_read_only=True, discard="unmap")
+
+
+def format_node(number: int, **members: Any) -> Request:
+    name, below = f"libvirt-{number}-format", f"libvirt-{number}-storage"
+    return node("qcow2", name, read_only=False, discard="unmap", file=below, **members)
+
+
+def made(number: int, size: int, backing: str | None = None) -> list[Request]:
+    """An image made as libvirt makes one."""
+    options: dict[str, Any] = {"driver": "qcow2", "file": f"libvirt-{number}-storage", "size": size}
+    options["cluster-size"] = 65536
+    if backing is not None:
+        options |= {"backing-file": backing, "backing-fmt": "qcow2"}
+    name = f"create-libvirt-{number}-format"
+    create: Request = ("blockdev-create", {"job-id": name, "options": options})
+    return [create, JOBS, ("job-dismiss", {"id": name})]
+
+
+def transaction(command: str, **data: Any) -> Request:
+    data = {key.replace("_", "-"): value for key, value in data.items()}
+    return "transaction", {"actions": [{"type": command, "data": data}]}
+
+
+def test_what_libvirt_does_with_a_disk(tmp_path: Path) -> None:
+    """Snapshot, active commit, copy with and without pivot, backup, pull: its commands in its order."""
+    need("qemu-system-x86_64")
+    bitmap = {"name": "libvirt-tmp-activewrite", "persistent": False, "disabled": False}
+    query: list[Request] = [("query-block", {}), SHOWN, BLOCK_JOBS]
+    manual = {"auto_finalize": True, "auto_dismiss": False}
+    requests = [storage(1, "empty.qcow2"), format_node(1)]
+    disk = {"driver": "virtio-blk-pci", "drive": "libvirt-1-format", "id": "virtio-disk0", "addr": "5"}
+    requests += [("device_add", disk)]
+    # snapshot-create-as --disk-only, blockcommit --active --pivot
+    requests += [node("file", "libvirt-8-storage", filename="small.qcow2", auto_read_only=True, discard="unmap")]
+    requests += [*made(8, MiB, "empty.qcow2"), format_node(8, backing=None)]
+    requests += [transaction("blockdev-snapshot", node="libvirt-1-format", overlay="libvirt-8-format"), *query]
+    job8 = "commit-vda-libvirt-8-format"
+    ends = {"top_node": "libvirt-8-format", "base_node": "libvirt-1-format", "backing_mask_protocol": True}
+    requests += [job("block-commit", device="libvirt-8-format", job_id=job8, **ends, **manual), BLOCK_JOBS]
+    requests += [transaction("block-dirty-bitmap-add", node="libvirt-1-format", **bitmap)]
+    requests += [("job-complete", {"id": job8}), JOBS, ("job-dismiss", {"id": job8})]
+    name = "libvirt-tmp-activewrite"
+    requests += [transaction("block-dirty-bitmap-remove", node="libvirt-1-format", name=name), *query]
+    requests += [("blockdev-del", {"node-name": f"libvirt-8-{kind}"}) for kind in ("format", "storage")]
+    # blockcopy --pivot, blockcopy and blockjob --abort
+    for number, verb in ((9, "job-complete"), (10, "block-job-cancel")):
+        source, target = f"libvirt-{1 if number == 9 else 9}-format", f"libvirt-{number}-format"
+        file = "other.qcow2" if number == 9 else "small.qcow2"
+        requests += [storage(number, file), *made(number, MiB), format_node(number, backing=None)]
+        copy = f"copy-vda-{source}"
+        start = {"device": source, "target": target, "replaces": source, "sync": "full", **manual}
+        requests += [job("blockdev-mirror", job_id=copy, **start), BLOCK_JOBS]
+        if number == 9:
+            requests += [transaction("block-dirty-bitmap-add", node=target, **bitmap)]
+        requests += [(verb, {"id" if number == 9 else "device": copy}), JOBS, ("job-dismiss", {"id": copy}), *query]
+        gone = 1 if number == 9 else 10
+        requests += [("blockdev-del", {"node-name": f"libvirt-{gone}-{kind}"}) for kind in ("format", "storage")]
+    # backup-begin
+    backup = "backup-vda-libvirt-9-format"
+    requests += [storage(12, "small.qcow2"), *made(12, MiB), format_node(12, backing=None)]
+    start = {"device": "libvirt-9-format", "job_id": backup, "target": "libvirt-12-format", "sync": "full", **manual}
+    requests += [transaction("blockdev-backup", **start), JOBS, ("job-dismiss", {"id": backup}), *query]
+    requests += [("blockdev-del", {"node-name": f"libvirt-12-{kind}"}) for kind in ("format", "storage")]
+    # a chain, and blockpull
+    requests += [
+        storage(13, "c.qcow2"),
+        format_node(13),
+        ("device_add", {**disk, "drive": "libvirt-13-format", "id": "d", "addr": "6"}),
+    ]
+    pull = {"device": "libvirt-13-format", "job_id": "pull", "backing_mask_protocol": True, **manual}
+    requests += [job("block-stream", **pull), JOBS, ("job-dismiss", {"id": "pull"}), *query]
+    talk(tmp_path, requests, ("qemu-system-x86_64", "qmpd"))
