@@ -57,16 +57,33 @@ def job(name: str, **members: Any) -> Request:
     return name, {key.replace("_", "-"): value for key, value in members.items()}
 
 
-def settle(client: RawClient, events: list[dict[str, Any]]) -> None:
-    """Take events until every job is where only a command can move it, or nothing has happened for a while."""
+ENDING = ("job-complete", "block-job-complete", "job-cancel", "block-job-cancel")
+QUIET = 20
+"""Looks, a tenth of a second apart, after which a job that does nothing is taken for one that waits."""
+
+
+def at_rest(row: dict[str, Any], command: str) -> bool:
+    """Say whether a job (BlockJobInfo) stays in its state until it is told something else than `command`."""
+    status = row["status"]
+    if status == "pending":
+        return not row["auto-finalize"] and command != "job-finalize"
+    if status == "concluded":
+        return not row["auto-dismiss"] and command != "job-dismiss"
+    if status == "ready":
+        return command not in (*ENDING, "job-pause")
+    return status in ("standby", "paused")
+
+
+def settle(client: RawClient, events: list[dict[str, Any]], command: str = "") -> None:
+    """Take events until every job is at rest, or nothing has happened for a while."""
     quiet = 0
-    while quiet < 8:
-        jobs = client.ok("query-jobs")
+    while quiet < QUIET:
+        rows = client.ok("query-block-jobs")
         quiet = 0 if client.events else quiet + 1
         events += [one for one in client.events if one["event"] in NAMED]
         client.events.clear()
-        waiting = all(one["status"] in ("concluded", "pending", "ready", "standby", "paused") for one in jobs)
-        if client.silent(0.1) and waiting:
+        rest = all(at_rest(row, command) for row in rows)
+        if client.silent(0.1) and rest:
             return
 
 
@@ -96,7 +113,7 @@ def talk(folder: Path, requests: list[Request], programs: tuple[str, str] = STOR
             for command, arguments in requests:
                 events: list[dict[str, Any]] = []
                 reply = shown(masked(client.send({"execute": command, "arguments": arguments})))
-                settle(client, events)
+                settle(client, events, command if "return" in reply else "")
                 happened = [[one["event"], one["data"]] for one in events]
                 said.append({"reply": reply, "events": _without_pause(happened)})
         answers.append(said)

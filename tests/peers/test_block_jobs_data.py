@@ -66,6 +66,14 @@ class Writer:
         except BaseException as error:
             self._failure = error
 
+    def goes_on(self, writes: int = 5) -> None:
+        """Wait until it has written so often."""
+        target, deadline = self.writes + writes, time.monotonic() + 30
+        while self.writes < target:
+            assert self._failure is None, (self.seed, self._failure)
+            assert time.monotonic() < deadline, "the writer waits"
+            time.sleep(0.01)
+
     def stop(self) -> None:
         """End, and make sure that all went well and what is read is what was written."""
         self._stop.set()
@@ -201,9 +209,7 @@ def test_a_commit_of_what_is_being_written(tmp_path: Path, base: str | None, fou
             client.ok("job-complete", id="j")
             finished(client)
             assert client.ok("query-block-exports")[0]["node-name"] == base or found
-            before = writer.writes
-            time.sleep(0.2)
-        assert writer.writes > before
+            writer.goes_on()
     sound(tmp_path, "a", "b", "c")
     assert content(tmp_path / f"{base or 'a'}.qcow2") == writer.model
 
@@ -231,9 +237,7 @@ def test_a_mirror_of_what_is_being_written(tmp_path: Path, mode: str, sync: str)
             client.ok("job-resume", id="j")
             finished(client)
             assert client.ok("query-block-exports")[0]["node-name"] == "t"
-            before = writer.writes
-            time.sleep(0.2)
-        assert writer.writes > before
+            writer.goes_on()
     sound(tmp_path, "a", "b", "c", "t")
     assert content(tmp_path / "t.qcow2") == writer.model
 
@@ -320,12 +324,12 @@ def test_incremental_backups_add_up(tmp_path: Path) -> None:
         start = {"job_id": "j", "device": "c", "target": "t", "sync": "incremental", "bitmap": "m"}
         with exported(client, tmp_path, "c", begin) as writer:
             for at in range(6):
-                time.sleep(0.1)
+                writer.goes_on(20)
                 with writer.lock:
                     then = bytes(writer.model)
-                    client.ok("blockdev-backup", **start, speed=256 * KiB if at % 2 else 0)
+                    client.ok("blockdev-backup", **start, speed=16 * KiB if at % 2 else 0)
                 if at % 2:
-                    time.sleep(0.1)
+                    writer.goes_on()
                     client.ok("job-cancel", id="j")
                     wait(client, "BLOCK_JOB_CANCELLED")
                     while client.ok("query-jobs"):
