@@ -5,8 +5,11 @@ Model: bdrv_insert_node, bdrv_append and bdrv_replace_node (QEMU block.c).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from qmpd.block import opening
 from qmpd.block.backing import refresh_names
 from qmpd.block.batch import Batch
 from qmpd.block.change import Transaction, reaches
@@ -19,6 +22,9 @@ from qmpd.errors import CommandError
 
 if TYPE_CHECKING:
     from qmpd.block.graph import Graph
+
+
+F = TypeVar("F", bound="JobFilter")
 
 
 class JobFilter(FilterNode):
@@ -65,6 +71,31 @@ async def insert(graph: Graph, node: JobFilter, above: BlockNode) -> None:
     refresh_names([node])
 
 
+async def open_above(
+    graph: Graph, above: BlockNode, tree: Mapping[str, Any], name: str | None, begin: Callable[[BlockNode], None]
+) -> BlockNode:
+    """Open a filter with these options of its driver, and have it see what goes to `above`; return it.
+
+    begin   called at that moment, while no request is in flight
+    Raises QmpdError; then nothing has changed.
+    """
+    named = {} if name is None else {"node-name": name}
+    try:
+        node = await opening.open_tree(graph, {**tree, **named}, nullcontext, NodeOptions(node_name=name))
+    except CommandError as error:
+        raise CommandError(f"Could not create node: {error}") from error
+    try:
+        async with graph.drained(above):
+            with graph.change() as tran:
+                move_parents(tran, above, node)
+            begin(node)
+    except BaseException:
+        await graph.drop_unreferenced(node)
+        raise
+    refresh_names([node])
+    return node
+
+
 async def take_out(graph: Graph, node: BlockNode) -> None:
     """Have the parents of a filter use what it filters, and close it. Raises QmpdError."""
     edge = node.primary()
@@ -77,7 +108,7 @@ async def take_out(graph: Graph, node: BlockNode) -> None:
     await graph.drop_unreferenced(node)
 
 
-def new_filter(graph: Graph, kind: type[JobFilter], name: str | None, like: BlockNode) -> JobFilter:
+def new_filter(graph: Graph, kind: type[F], name: str | None, like: BlockNode) -> F:
     """Return an unattached filter with the name, or one that is made up. Raises CommandError."""
     options = NodeOptions(node_name=name, read_only=like.read_only)
     return kind(graph, graph.reserve(name), options, {})

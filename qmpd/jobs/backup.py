@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Coroutine
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from qmpd.block import chain, insertion, opening
+from qmpd.block import chain, insertion
 from qmpd.block.backend import BlockBackend
-from qmpd.block.backing import refresh_names
 from qmpd.block.batch import WriteFlags
 from qmpd.block.dirty_bitmap import DirtyBitmap
 from qmpd.block.graph import Graph
 from qmpd.block.node import BlockNode
-from qmpd.block.options import NodeOptions
 from qmpd.block.perm import Perm
 from qmpd.errors import CommandError
 from qmpd.jobs.block_job import BlockJob, pieces
@@ -115,31 +112,24 @@ class Backup(BlockJob):
         graph, options = self.source.graph, self.options
         tree: dict[str, Any] = {"driver": "copy-before-write", "file": self.source.name, "target": self.target.name}
         tree["min-cluster-size"] = options.x_perf.min_cluster_size
-        name = options.filter_node_name
-        try:
-            made = await opening.open_tree(graph, tree, nullcontext, NodeOptions(node_name=name))
-        except CommandError as error:
-            raise CommandError(f"Could not create node: {error}") from error
-        self._filter = made
+        made = await insertion.open_above(graph, self.source, tree, options.filter_node_name, self._begin)
         cluster = self._keeping.cluster
         if options.x_perf.max_chunk and options.x_perf.max_chunk < cluster:
             raise CommandError(
                 f"Required max-chunk ({options.x_perf.max_chunk}) is less than backup cluster size ({cluster})"
             )
-        if options.compress:
-            self._keeping.copy_flags = WriteFlags.COMPRESSED
-        async with graph.drained(self.source):
-            with graph.change() as tran:
-                insertion.move_parents(tran, self.source, made)
-            if self.bitmap is not None:
-                self._begin_bitmap(self.bitmap)
-        refresh_names([made])
-        self._reader = BlockBackend(graph, self.describe_parent, Perm.CONSISTENT_READ, Perm.ALL)
-        self._reader.internal = True
-        self._reader.insert(made)
+        self._reader = self.new_backend(made, Perm.CONSISTENT_READ, Perm.ALL, internal=True)
         self.hold("main node", made)
         self.hold("target", self.target)
         self.total = self._keeping.to_copy.count
+
+    def _begin(self, made: BlockNode) -> None:
+        """Take the filter over at the moment that is kept."""
+        self._filter = made
+        if self.options.compress:
+            self._keeping.copy_flags = WriteFlags.COMPRESSED
+        if self.bitmap is not None:
+            self._begin_bitmap(self.bitmap)
 
     def _begin_bitmap(self, bitmap: DirtyBitmap) -> None:
         """Have a bitmap record what is written from now on; what it had is what is copied, in that mode."""
@@ -241,10 +231,8 @@ class Backup(BlockJob):
         """Take the filter away."""
         if self.bitmap is not None:
             self._end_bitmap(self.bitmap)
-        reader, self._reader = self._reader, None
         above, self._filter = self._filter, None
-        if reader is not None:
-            await reader.remove()
+        await self.drop_backends()
         if above is not None:
             await self.take_out(above)
         await self.let_go()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 from qmpd.block import insertion
+from qmpd.block.backend import BlockBackend
 from qmpd.block.child import Child
 from qmpd.block.node import BlockNode
 from qmpd.block.perm import ChildRole, Perm
@@ -42,7 +43,26 @@ class BlockJob(Job):
         """The first error that was ignored: something was left out."""
         self.held: list[Child] = []
         """The edges to the nodes it relies on."""
+        self._backends: list[BlockBackend] = []
         self._paced = (0.0, 0)
+
+    # --- backends -----------------------------------------------------------------------------------
+
+    def new_backend(self, node: BlockNode, perm: Perm, shared: Perm, *, internal: bool = False) -> BlockBackend:
+        """Return a backend on a node, which goes with the job at the latest. Raises PermissionConflict.
+
+        internal   it is on a filter of the job's own, and does not count as a use of that node
+        """
+        backend = BlockBackend(node.graph, self.describe_parent, perm, shared)
+        backend.internal = internal
+        self._backends.append(backend)
+        backend.insert(node)
+        return backend
+
+    async def drop_backends(self) -> None:
+        """End all backends of the job."""
+        while self._backends:
+            await self._backends.pop().remove()
 
     # --- nodes ------------------------------------------------------------------------------------
 

@@ -232,23 +232,19 @@ class Mirror(BlockJob):
             self._base_was_read_only = target.read_only
             await reopen.set_read_only(graph, target, False)
         made = insertion.new_filter(graph, MirrorFilter, filter_name, source)
-        assert isinstance(made, MirrorFilter)
         made.shares_all = self.commits
         await insertion.insert(graph, made, source)
         self._filter = made
         below = chain.contains(source, target)
         shared = Perm.WRITE_UNCHANGED | (Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE if below else Perm.NONE)
         taken = Perm.WRITE | (Perm.RESIZE if self.commits else Perm.NONE)
-        self._writer = BlockBackend(graph, self.describe_parent, taken, shared | Perm.WRITE)
-        self._writer.insert(target)
+        self._writer = self.new_backend(target, taken, shared | Perm.WRITE)
         with graph.change() as tran:
             edge = tran.attach(made, "target", ChildRole.DATA, target)
         granularity = self.options.granularity or dirty_bitmap.default_granularity(target)
         made.begin(edge, granularity)
         made.blocking = self.options.blocking
-        self._reader = BlockBackend(graph, self.describe_parent, Perm.CONSISTENT_READ, Perm.ALL)
-        self._reader.internal = True
-        self._reader.insert(made)
+        self._reader = self.new_backend(made, Perm.CONSISTENT_READ, Perm.ALL, internal=True)
         self.hold("main node", made)
         self.hold("source", source)
         self.hold("target", target)
@@ -427,7 +423,7 @@ class Mirror(BlockJob):
         graph, above = self.source.graph, self._filter
         assert above is not None
         chain.thaw(self._frozen)
-        await self._remove_backends()
+        await self.drop_backends()
         self._base_was_read_only = False  # as in the reference, it stays writable unless the job fails
         above.stopped = True
         if self._pivots:
@@ -443,7 +439,7 @@ class Mirror(BlockJob):
     async def clean(self) -> None:
         """Take the filter away, and let requests go on."""
         chain.thaw(self._frozen)
-        await self._remove_backends()
+        await self.drop_backends()
         above, self._filter = self._filter, None
         graph = self.source.graph
         try:
@@ -457,12 +453,6 @@ class Mirror(BlockJob):
         if self._base_was_read_only:
             await reopen.set_read_only(graph, self.target, True)
         await self.let_go()
-
-    async def _remove_backends(self) -> None:
-        for backend in (self._reader, self._writer):
-            if backend is not None:
-                await backend.remove()
-        self._reader = self._writer = None
 
     def to_block_wire(self) -> dict[str, Any]:
         """Return BlockJobInfo."""

@@ -107,10 +107,8 @@ class CommitJob(BlockJob):
                 self.hold("overlay", edge.parent)
         taken = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
         lets = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-        self._writer = BlockBackend(graph, self.describe_parent, taken, lets)
-        self._writer.insert(self.base)
-        self._reader = BlockBackend(graph, self.describe_parent, Perm.NONE, Perm.ALL)
-        self._reader.insert(self.top)
+        self._writer = self.new_backend(self.base, taken, lets)
+        self._reader = self.new_backend(self.top, Perm.NONE, Perm.ALL)
 
     async def run(self) -> None:
         """Copy from the start to the end."""
@@ -158,11 +156,9 @@ class CommitJob(BlockJob):
         graph, above = self.top.graph, self._filter
         assert above is not None
         chain.thaw(self._frozen)
-        await self._remove_backends()
+        await self.drop_backends()
         overlays = [edge.parent for edge in above.parents if edge.name == "backing"]
         async with graph.drained(above):
-            with graph.change() as tran:
-                insertion.move_parents(tran, above, self.base)
             shown = self.name if self.name is not None else node_filename(self.base)
             image_format = backing_format(self.base, mask=self.mask)
             for overlay in overlays:
@@ -173,6 +169,8 @@ class CommitJob(BlockJob):
                         await graph.runner.run(overlay.change_backing_file(shown, image_format))
                     finally:
                         await reopen.set_read_only(graph, overlay, read_only)
+            with graph.change() as tran:
+                insertion.move_parents(tran, above, self.base)
         refresh_names([self.base])
         self._filter = None
         await self.let_go()
@@ -182,19 +180,13 @@ class CommitJob(BlockJob):
         """Take the filter away, if it is still there, and make the base what it was."""
         graph = self.top.graph
         chain.thaw(self._frozen)
-        await self._remove_backends()
+        await self.drop_backends()
         above, self._filter = self._filter, None
         if above is not None:
             await self.take_out(above)
         if self.was_read_only and graph.get(self.base.name) is self.base:
             await reopen.set_read_only(graph, self.base, True)
         await self.let_go()
-
-    async def _remove_backends(self) -> None:
-        for backend in (self._reader, self._writer):
-            if backend is not None:
-                await backend.remove()
-        self._reader = self._writer = None
 
 
 @command("block-commit")

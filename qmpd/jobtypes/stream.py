@@ -6,18 +6,16 @@ that a copy never overwrites what is written meanwhile. Model: block/stream.c of
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from qmpd.block import chain, insertion, opening, reopen
+from qmpd.block import chain, insertion, reopen
 from qmpd.block.backend import BlockBackend
 from qmpd.block.backing import refresh_names
 from qmpd.block.child import Child
 from qmpd.block.filename import node_filename
 from qmpd.block.graph import Graph
 from qmpd.block.node import BlockNode
-from qmpd.block.options import NodeOptions
 from qmpd.block.perm import Perm
 from qmpd.context import Context
 from qmpd.errors import CommandError
@@ -66,7 +64,7 @@ class StreamJob(BlockJob):
         self.image, self.bottom, self.on_error = image, bottom, on_error
         self.was_read_only = False
         self._filter: BlockNode | None = None
-        self._backend: BlockBackend | None = None
+        self._reader: BlockBackend | None = None
 
     async def prepare_graph(self, filter_name: str | None) -> None:
         """Make the image writable, and put the filter above it. Raises QmpdError."""
@@ -74,23 +72,15 @@ class StreamJob(BlockJob):
         self.was_read_only = self.image.read_only
         await reopen.set_read_only(graph, self.image, False)
         tree: dict[str, Any] = {"driver": "copy-on-read", "file": self.image.name, "bottom": self.bottom.name}
-        if filter_name is not None:
-            tree["node-name"] = filter_name
-        try:
-            above = await opening.open_tree(graph, tree, nullcontext, NodeOptions(node_name=filter_name))
-        except CommandError as error:
-            raise CommandError(f"Could not create node: {error}") from error
-        self._filter = above
-        async with graph.drained(self.image):
-            with graph.change() as tran:
-                insertion.move_parents(tran, self.image, above)
-        refresh_names([above])
-        self._backend = BlockBackend(graph, lambda: f"block job '{self.id}'", Perm.CONSISTENT_READ, Perm.ALL)
-        self._backend.insert(above)
+        above = await insertion.open_above(graph, self.image, tree, filter_name, self._take)
+        self._reader = self.new_backend(above, Perm.CONSISTENT_READ, Perm.ALL)
         self.hold("main node", above)
         self.hold("active node", self.image, UNCHANGING | Perm.WRITE)
         for node, _ in list(chain.links(self.image, self._base))[1:]:
             self.hold("intermediate node", node, UNCHANGING)
+
+    def _take(self, above: BlockNode) -> None:
+        self._filter = above
 
     @property
     def _base(self) -> BlockNode | None:
@@ -100,7 +90,7 @@ class StreamJob(BlockJob):
 
     async def run(self) -> None:
         """Copy from the start to the end."""
-        backend, base = self._backend, self._base
+        backend, base = self._reader, self._base
         assert backend is not None
         if self.bottom is self.image:
             return  # nothing lies between the image and the base
@@ -148,25 +138,23 @@ class StreamJob(BlockJob):
             return
         dropped = edge.node
         async with graph.drained(image):
-            if base is None:
-                with graph.change() as tran:
-                    tran.detach(edge)
-            elif edge.node is not base:
-                with graph.change() as tran:
-                    tran.replace(edge, base)
             shown, image_format = "", ""
             if base is not None:
                 unfiltered = chain.image_of(base)
                 shown = self.name if self.name is not None else node_filename(unfiltered)
                 image_format = backing_format(unfiltered, mask=self.mask)
+            # If the image cannot be told, everything stays as it is: it holds what it needs either way.
             await graph.runner.run(image.change_backing_file(shown, image_format))
+            with graph.change() as tran:
+                if base is None:
+                    tran.detach(edge)
+                elif edge.node is not base:
+                    tran.replace(edge, base)
         refresh_names([image])
         await graph.drop_unreferenced(dropped)
 
     async def _drop_filter(self) -> None:
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            await backend.remove()
+        await self.drop_backends()
         above, self._filter = self._filter, None
         if above is not None:
             await self.take_out(above)

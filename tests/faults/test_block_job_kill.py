@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from tests.conftest import Proof
 from tests.peers.conftest import need
 from tests.peers.test_block_jobs_data import add, add_chain, chain, content, image, tree
-from tests.support.daemon import RawClient, listens, program
+from tests.support.daemon import RawClient, unguarded
 
 KILLS = 60
 MiB = 1 << 20
@@ -26,21 +25,6 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "mirror": ("blockdev-mirror", {"target": "t", "sync": "full"}),
     "backup": ("blockdev-backup", {"target": "t", "sync": "full"}),
 }
-
-
-def start(folder: Path) -> tuple[subprocess.Popen[bytes], RawClient]:
-    socket = folder / "qmp.sock"
-    socket.unlink(missing_ok=True)
-    monitor = ["--chardev", f"socket,id=m,path={socket},server=on,wait=off", "--monitor", "chardev=m"]
-    with (folder / "daemon.log").open("ab") as log:
-        command = [program("qmpd-storage-daemon"), *monitor]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
-    while not listens(socket):
-        assert process.poll() is None, (folder / "daemon.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process, RawClient(socket)
 
 
 def follow(client: RawClient) -> None:
@@ -62,7 +46,7 @@ def test_a_killed_daemon_leaves_the_disk_as_it_was(proof: Proof, tmp_path: Path)
         folder.mkdir()
         begin = chain(folder)
         image(folder, "t")
-        process, client = start(folder)
+        process, client = unguarded(folder, name="qmpd-storage-daemon")
         add_chain(client, folder)
         add(client, tree(folder, "t"))
         command, arguments = JOBS[name]

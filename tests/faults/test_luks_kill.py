@@ -6,13 +6,12 @@ import itertools
 import random
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Proof
-from tests.support.daemon import RawClient, listens, program
+from tests.support.daemon import RawClient, unguarded
 from tests.unit.luks.test_key_jobs import SECRETS, amend, header_of, opens
 
 KILLS = 40
@@ -21,17 +20,7 @@ NAMES = "snm"
 
 def start(folder: Path, opening: str) -> tuple[subprocess.Popen[bytes], RawClient]:
     """Start a daemon that has the header open with the passphrase `opening`."""
-    socket = folder / "qmp.sock"
-    socket.unlink(missing_ok=True)
-    command = [program("qmpd"), "-nodefaults", "-S", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
-    with (folder / "daemon.log").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
-    while not listens(socket):
-        assert process.poll() is None, (folder / "daemon.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    client = RawClient(socket)
+    process, client = unguarded(folder)
     for name in NAMES:
         client.ok("object-add", qom_type="secret", id=name, data=SECRETS[name])
     header = {"driver": "file", "filename": str(folder / "h.img")}

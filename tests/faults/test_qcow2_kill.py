@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from tests.conftest import Proof
 from tests.faults.crash import GuestOp, Journal
 from tests.peers.conftest import need
-from tests.support.daemon import RawClient, listens, program
+from tests.support.daemon import RawClient, unguarded
 
 KILLS = 20
 SIZE = 8 << 20
@@ -25,19 +24,8 @@ def qemu_img(*arguments: str | Path, accept: tuple[int, ...] = (0,)) -> None:
 
 
 def start(folder: Path, image: Path) -> tuple[subprocess.Popen[bytes], RawClient]:
-    socket = folder / "qmp.sock"
-    socket.unlink(missing_ok=True)
-    monitor = ["-nodefaults", "-S", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
     blockdev = f"driver=qcow2,node-name=disk,discard=unmap,file.driver=file,file.filename={image}"
-    with (folder / "daemon.log").open("ab") as log:
-        command = [program("qmpd"), *monitor, "-blockdev", blockdev]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
-    while not listens(socket):
-        assert process.poll() is None, (folder / "daemon.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process, RawClient(socket)
+    return unguarded(folder, "-blockdev", blockdev)
 
 
 def work_until_killed(client: RawClient, journal: Journal, cluster: int, rng: random.Random) -> None:

@@ -371,15 +371,19 @@ def job_of(client: RawClient) -> dict[str, Any]:
     return dict(client.ok("query-block-jobs")[0])
 
 
+def source_and_target(client: RawClient, folder: Path) -> None:
+    """Make and open two files: s, full, and t, empty."""
+    for name, data in (("s", b"s" * SIZE), ("t", bytes(SIZE))):
+        (folder / f"{name}.img").write_bytes(data)
+        client.ok("blockdev-add", driver="file", node_name=name, filename=str(folder / f"{name}.img"))
+
+
 @pytest.mark.parametrize("name", ["blockdev-backup", "blockdev-mirror"])
 def test_a_target_that_fails(tmp_path: Path, name: str) -> None:
     """`report` ends the job and `stop` pauses it until it is resumed; the source is none the worse."""
-    (tmp_path / "s.img").write_bytes(b"s" * MiB)
-    (tmp_path / "t.img").write_bytes(bytes(MiB))
     with running(tmp_path, name="qmpd-storage-daemon") as daemon:
         client = daemon.client()
-        client.ok("blockdev-add", driver="file", node_name="s", filename=str(tmp_path / "s.img"))
-        client.ok("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "t.img"))
+        source_and_target(client, tmp_path)
         rule = {"event": "none", "iotype": "write", "errno": 28, "once": True, "sector": 1024}
         client.ok("blockdev-add", driver="blkdebug", node_name="d", image="t", inject_error=[rule])
         start = {"job_id": "j", "device": "s", "target": "d", "sync": "full"}
@@ -399,19 +403,16 @@ def test_a_target_that_fails(tmp_path: Path, name: str) -> None:
             wait(client, "BLOCK_JOB_READY")
             client.ok("block-job-cancel", device="j")
         finished(client)
-    assert (tmp_path / "t.img").read_bytes() == b"s" * MiB
-    assert (tmp_path / "s.img").read_bytes() == b"s" * MiB
+    assert (tmp_path / "t.img").read_bytes() == b"s" * SIZE
+    assert (tmp_path / "s.img").read_bytes() == b"s" * SIZE
 
 
 @pytest.mark.parametrize("name", ["blockdev-backup", "blockdev-mirror"])
 def test_a_target_that_fails_all_the_while(tmp_path: Path, name: str) -> None:
     """Copies that fail at the same time pause the job once, and it can still be cancelled."""
-    (tmp_path / "s.img").write_bytes(b"s" * SIZE)
-    (tmp_path / "t.img").write_bytes(bytes(SIZE))
     with running(tmp_path, name="qmpd-storage-daemon") as daemon:
         client = daemon.client()
-        client.ok("blockdev-add", driver="file", node_name="s", filename=str(tmp_path / "s.img"))
-        client.ok("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "t.img"))
+        source_and_target(client, tmp_path)
         rule = {"event": "none", "iotype": "write", "errno": 5}
         client.ok("blockdev-add", driver="blkdebug", node_name="d", image="t", inject_error=[rule])
         client.ok(name, job_id="j", device="s", target="d", sync="full", on_target_error="stop")
@@ -428,6 +429,25 @@ def test_a_target_that_fails_all_the_while(tmp_path: Path, name: str) -> None:
         assert wait(client, "BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
         client.ok("blockdev-del", node_name="d")
         client.ok("blockdev-del", node_name="s")
+
+
+@pytest.mark.parametrize("name", ["block-stream", "block-commit"])
+def test_an_image_that_cannot_be_told_its_backing_file_keeps_the_one_it_has(tmp_path: Path, name: str) -> None:
+    """The name does not fit into the header: the job fails at its end, and the chain is what it was."""
+    need("qemu-img", "qemu-io")
+    begin = chain(tmp_path)
+    with running(tmp_path, name="qmpd-storage-daemon") as daemon:
+        client = daemon.client()
+        add_chain(client, tmp_path)
+        before = client.ok("x-debug-query-block-graph")
+        more = {"top_node": "b", "base_node": "a"} if name == "block-commit" else {"base_node": "a"}
+        client.ok(name, job_id="j", device="c", backing_file="x" * 1100, **more)
+        assert wait(client, "BLOCK_JOB_COMPLETED")["error"] == "Invalid argument"
+        while client.ok("query-jobs"):
+            time.sleep(0.01)
+        assert client.ok("x-debug-query-block-graph") == before
+    sound(tmp_path, "a", "b", "c")
+    assert content(tmp_path / "c.qcow2") == begin
 
 
 @pytest.mark.parametrize("mode", ["grouped", "individual"])

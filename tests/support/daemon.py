@@ -130,6 +130,28 @@ def listens(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
+def unguarded(folder: Path, *args: str, name: str = "qmpd") -> tuple[subprocess.Popen[bytes], RawClient]:
+    """Start a daemon that the test is going to kill; return it and a client of its monitor."""
+    path = folder / "qmp.sock"
+    path.unlink(missing_ok=True)
+    command = [program(name), *monitor_options(path, system=name == "qmpd"), *args]
+    with (folder / "daemon.log").open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    deadline = time.monotonic() + START_SECONDS
+    while not listens(path):
+        assert process.poll() is None, (folder / "daemon.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process, RawClient(path)
+
+
+def monitor_options(path: Path, *, system: bool) -> list[str]:
+    """Return the options for a monitor on a socket: of a system emulator, QEMU's or ours, or of a storage daemon."""
+    if system:
+        return ["-machine", "pc", "-nodefaults", "-S", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off"]
+    return ["--chardev", f"socket,id=qmp0,path={path},server=on,wait=off", "--monitor", "chardev=qmp0"]
+
+
 @contextlib.contextmanager
 def running(folder: Path, *args: str, name: str = "qmpd", start: Sequence[str] = ()) -> Iterator[Daemon]:
     """Run `qmpd` (or `qmpd-storage-daemon`) with a monitor in `folder`, and `args` besides.
@@ -139,14 +161,9 @@ def running(folder: Path, *args: str, name: str = "qmpd", start: Sequence[str] =
     It must end by itself when told to, with status 0 and without having met an error of its own.
     """
     path, log = folder / "qmp.sock", folder / "daemon.log"
-    if name == "qmpd":
-        monitor = ["-machine", "pc", "-nodefaults", "-S", "-display", "none"]
-        monitor += ["-qmp", f"unix:{path},server=on,wait=off"]
-    else:
-        monitor = ["--chardev", f"socket,id=qmp0,path={path},server=on,wait=off", "--monitor", "chardev=qmp0"]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*(start or [program(name)]), *monitor, *args],
+            [*(start or [program(name)]), *monitor_options(path, system=name == "qmpd"), *args],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.daemon import START_SECONDS, RawClient
+from tests.support.daemon import START_SECONDS, RawClient, monitor_options
 from tests.support.peers import find
 
 STORAGE_DAEMON = "qemu-storage-daemon"
@@ -46,11 +46,7 @@ def _started(folder: Path, name: str, args: tuple[str, ...]) -> subprocess.Popen
     program, path = find(name), folder / SOCKET
     assert program is not None
     path.unlink(missing_ok=True)
-    if name == STORAGE_DAEMON:
-        monitor = ["--chardev", f"socket,id=qmp0,path={path},server=on,wait=off", "--monitor", "chardev=qmp0"]
-    else:
-        monitor = ["-machine", "pc", "-nodefaults", "-S", "-display", "none"]
-        monitor += ["-qmp", f"unix:{path},server=on,wait=off"]
+    monitor = monitor_options(path, system=name != STORAGE_DAEMON)
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
             [program, *monitor, *args], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
