@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpd.block import opening
 from qmpd.block.backing import refresh_names
-from qmpd.block.batch import Batch
 from qmpd.block.change import Transaction, reaches
 from qmpd.block.direct import DirectRead
 from qmpd.block.filter import FilterNode
@@ -29,10 +28,6 @@ F = TypeVar("F", bound="JobFilter")
 
 class JobFilter(FilterNode):
     """A filter that only a job makes; what it filters is its `backing` child, as in the reference."""
-
-    async def preadv(self, batch: Batch) -> None:
-        """Read from the child."""
-        await self.file.preadv(batch)
 
     def direct_read(self) -> DirectRead | None:
         """Offsets are those of the child."""
@@ -76,7 +71,7 @@ async def open_above(
 ) -> BlockNode:
     """Open a filter with these options of its driver, and have it see what goes to `above`; return it.
 
-    begin   called at that moment, while no request is in flight
+    begin   called at that moment, while no request is in flight; does not raise
     Raises QmpdError; then nothing has changed.
     """
     named = {} if name is None else {"node-name": name}

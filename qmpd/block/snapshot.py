@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from qmpd.block import filename, opening, protocol_names, reopen
@@ -22,7 +22,7 @@ from qmpd.qapi.bind import build
 
 if TYPE_CHECKING:
     from qmpd.block.child import Child
-    from qmpd.block.graph import Graph, Slow
+    from qmpd.block.graph import Graph
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,12 @@ def _take_away(graph: Graph, node: BlockNode, overlay: BlockNode, moved: list[Ch
 
 
 async def open_overlay(
-    graph: Graph, node: BlockNode, file: str, image_format: str, name: str | None, *, make: bool, slow: Slow
+    graph: Graph, node: BlockNode, file: str, image_format: str, name: str | None, *, make: bool
 ) -> BlockNode:
     """Return an overlay for `node` without its backing file, its image made or there already. Raises CommandError.
 
-    It gets the options of `node`: whether it may be written to, cache and discard.
+    It gets the options of `node`: whether it may be written to, cache and discard; there is none for a secret, so
+    nothing of it is slow, and it may be opened in the middle of a transaction.
     """
     if make:
         await _make(graph, node, file, image_format, name)
@@ -106,7 +107,7 @@ async def open_overlay(
         read_only=node.read_only,
         auto_read_only=like.auto_read_only,
     )
-    return await opening.open_tree(graph, tree, slow, options)
+    return await opening.open_tree(graph, tree, nullcontext, options)
 
 
 async def _make(graph: Graph, node: BlockNode, file: str, image_format: str, name: str | None) -> None:
@@ -115,7 +116,7 @@ async def _make(graph: Graph, node: BlockNode, file: str, image_format: str, nam
     if image_format not in registry.drivers:
         raise CommandError(f"Unknown file format '{image_format}'")
     place = protocol_names.options_of(registry, file)
-    if image_format not in registry.creators and image_format != "raw":
+    if image_format not in registry.creators and image_format != "raw":  # which only blockdev-create does not make
         raise CommandError(f"Format driver '{image_format}' does not support image creation")
     if not registry.drivers[image_format].cls.supports_backing:
         raise CommandError(f"Backing file not supported for file format '{image_format}'")

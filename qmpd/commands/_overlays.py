@@ -44,9 +44,7 @@ async def new_overlay_above(ctx: Context, wanted: NewOverlay) -> AsyncIterator[N
     if name is not None and ctx.graph.get(name) is not None:
         raise CommandError("New overlay node-name already in use")
     make = wanted.mode != "existing"
-    overlay = await snapshot.open_overlay(
-        ctx.graph, below, wanted.snapshot_file, wanted.format, name, make=make, slow=ctx.out_of_turn
-    )
+    overlay = await snapshot.open_overlay(ctx.graph, below, wanted.snapshot_file, wanted.format, name, make=make)
     try:
         async with snapshot.above(ctx.graph, below, overlay):
             yield

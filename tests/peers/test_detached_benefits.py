@@ -32,7 +32,7 @@ def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
     for peer in ("blkid", "file", "gzip", "cryptsetup"):
         need(peer)
     commands = script()
-    assert commands.count("then echo") == 7
+    assert commands.count("then echo") == 8
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-eu", "-c", f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{commands}"],
